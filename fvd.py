@@ -1,0 +1,606 @@
+"""Frechet Video Distance in one file: reading videos, I3D, the distance, the command.
+
+    python fvd.py REAL FAKE --weights i3d_pretrained_400.pt     FVD and KVD of two sets of videos
+    python fvd.py REAL FAKE --download                          the same, fetching the weights once
+    python fvd.py REAL FAKE --features random                   no weights at hand: FD-random, not FVD
+    python fvd.py REAL FAKE --protocol paper --json out.json    the numbers as [3] computed them
+
+REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. This file
+needs torch, numpy, tqdm and imageio[ffmpeg,pyav], and nothing else of the project it comes from.
+
+References
+  [1] Unterthiner et al., Towards Accurate Generative Models of Video (FVD), arXiv 1812.01717
+  [2] Carreira and Zisserman, Quo Vadis, Action Recognition? (I3D), arXiv 1705.07750
+  [3] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711
+  [4] Binkowski et al., Demystifying MMD GANs (the kernel distance), arXiv 1801.01401
+  [5] Naeem et al., Reliable Fidelity and Diversity Metrics (random embeddings), arXiv 2002.09797
+
+Map
+  1. Reading videos      find_videos, open_videos, read_frames
+  2. I3D                 same_pad, Unit3D, I3D
+  3. Weights             load_i3d, random_i3d, download_weights
+  4. Clips to features   resize_tf1, preprocess, video_features, windows
+  5. Distances           frechet_distance, kernel_distance, bootstrap_std
+  6. Scoring a set       decode_ahead, measure, cached
+  7. The command
+
+Letters: n videos, t frames (every axis of time in this file), h w height and width, c channels,
+d features (400).
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.request
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# 1. Reading videos
+#
+# Folders of videos hold surprises: half-copied files, audio, pipes, links in
+# circles. One rule covers them: a video declares how many frames it has, and
+# read_frames yields exactly that many or raises UnreadableVideo, so a damaged
+# file is named and never scored as a shorter video.
+#
+#     source (file or folder) --open_videos--> Video, ... --read_frames--> frames
+
+VIDEO_SUFFIXES = (".gif", ".mp4", ".avi", ".webm", ".mov", ".mkv")
+ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+class UnreadableVideo(ValueError):
+    """A source that holds no intact video. `name` says which, `reason` why, str() both."""
+
+    def __init__(self, name, reason):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class Video(NamedTuple):
+    """One video, not decoded yet."""
+    name: str         # printable path; "samples.npz[3]" is the fourth video of an array
+    count: Callable   # () -> the number of frames it declares
+    decode: Callable  # () -> iterator over the frames as they are stored
+    scale: tuple      # (low, high): the values of black and white if its frames are floats
+
+
+def printable(path):
+    """The path with control characters and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def natural(path):
+    """Sort key under which frame_2 comes before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
+
+
+@contextlib.contextmanager
+def naming(name):
+    """Within it, whatever a decoder raises becomes UnreadableVideo with this name."""
+    try:
+        yield
+    except UnreadableVideo:
+        raise
+    except Exception as error:  # FFmpeg, Pillow, zip and pickle readers share no narrower class
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableVideo(name, reason.strip().splitlines()[0]) from error
+
+
+def find_videos(root):
+    """Sources of videos at or below `root`, in natural order.    path -> list of Path
+
+    A source is a file with a suffix above, or a folder whose own files are images and no videos
+    (one video, an image per frame). Links are followed, each folder once; names that begin with a
+    dot are skipped. Nothing is opened. Raises UnreadableVideo if there is no source."""
+    root = Path(root)
+    if not os.path.lexists(root):
+        raise UnreadableVideo(printable(root), "there is no such file or folder")
+    if not root.is_dir():
+        return [root]
+    found, others, seen = [], Counter(), set()
+    unlisted = lambda error: found.append(Path(error.filename))  # open_videos will say why
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES]
+        frames = any(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
+        found += videos or ([Path(folder)] if frames else [])
+        others.update(path.suffix or "suffixless" for path in paths)
+    if not found:
+        held = ", ".join(f"{k} {suffix}" for suffix, k in others.most_common(5)) or "nothing"
+        raise UnreadableVideo(printable(root), f"no video in it (found {held}); wanted are "
+                              f"{' '.join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)} or folders of images")
+    return sorted(found, key=natural)
+
+
+def open_videos(path, scale=None):
+    """The videos of one source, without decoding them.    path -> list of Video
+
+    `scale` is (low, high), the values of black and white in float arrays; None decides by
+    `float_scale`. Raises UnreadableVideo; never opens a pipe, socket or device."""
+    path = Path(path)
+    name = printable(path)
+    with naming(name):
+        if path.is_dir():
+            images = frame_paths(path)
+            return [Video(name, images.__len__, functools.partial(map, read_image, images), None)]
+        require_file(path)
+        if path.suffix.lower() in ARRAY_SUFFIXES:
+            return array_videos(path, name, scale)
+        with open(path, "rb") as raw:
+            gif = raw.read(4) == b"GIF8"
+        count, decode = (gif_count, gif_frames) if gif else (container_count, container_frames)
+        return [Video(name, functools.partial(count, path), functools.partial(decode, path), None)]
+
+
+def read_frames(video):
+    """Decode one video, lazily.    Video -> yields uint8 RGB (h, w, 3)
+
+    Raises UnreadableVideo, possibly after some frames: they count only if the iterator ends."""
+    with naming(video.name):
+        declared, given, shape = video.count(), 0, None
+        for frame in video.decode():
+            frame = rgb8(frame, video.scale)
+            if shape not in (None, frame.shape):
+                raise ValueError(f"frame {given} has another size than the frames before it")
+            given, shape = given + 1, frame.shape
+            yield frame
+        if given != declared or given == 0:
+            raise ValueError(f"only {given} of its {declared} frames can be decoded; it is damaged")
+
+
+def require_file(path):
+    if not path.is_file():
+        what = "a pipe, socket or device; it was not opened" if path.exists() else "a dangling link"
+        raise ValueError(what if os.path.lexists(path) else "there is no such file")
+
+
+def rgb8(frame, scale=None):
+    """8-bit RGB of any frame; alpha is dropped.    (h, w) or (h, w, 1..4) -> uint8 (h, w, 3)"""
+    if frame.dtype == bool:
+        frame = frame * np.uint8(255)
+    elif frame.dtype == np.uint16:
+        frame = (frame / 257).round()  # 65535 = 255 * 257
+    elif frame.dtype.kind == "f":
+        if not np.isfinite(frame).all():
+            raise ValueError("it holds NaN or infinite values")
+        low, high = scale
+        frame = ((frame.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255)
+    elif frame.dtype != np.uint8:
+        raise ValueError(f"pixels of type {frame.dtype}; wanted is uint8 in 0..255 or float")
+    frame = frame if frame.ndim == 3 else frame[..., None]
+    frame = frame[..., :3] if frame.shape[-1] >= 3 else frame[..., :1].repeat(3, axis=-1)
+    return np.array(frame, dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def decoder(path, plugin):
+    # imageio gets a file, not a path: a path may look like an address or a zip to it.
+    with open(path, "rb") as raw, iio.imopen(raw, "r", plugin=plugin) as file:
+        yield file
+
+
+def container_frames(path):
+    with decoder(path, "pyav") as file:
+        yield from file.iter(format="rgb24", thread_count=1)  # the parallelism is over videos
+
+
+def container_count(path):
+    """Number of frames of an mp4, mov, avi, mkv or webm.
+
+    mp4 and mov keep an exact table. The others do not (avi also counts frames it dropped): there
+    the frames are counted, and the last must end where the container says that the video ends."""
+    with open(path, "rb") as raw:
+        avi = raw.read(4) == b"RIFF"
+    try:
+        with decoder(path, "pyav") as file:
+            declared, about = file.properties().n_images, file.metadata()
+            return declared if declared and not avi else count_to_the_end(file, declared, about)
+    except OSError as error:
+        silent = isinstance(error.__cause__, IndexError)
+        raise ValueError("no video stream in it, only audio or data" if silent else
+                         "no decoder knows it; it is truncated, or not a video") from error
+
+
+def count_to_the_end(file, declared, about):
+    times = []
+    with contextlib.suppress(StopIteration):
+        while True:  # metadata() decodes the next frame, and leaves out the conversion to RGB
+            times.append(file.metadata(index=len(times), constant_framerate=False)["time"])
+    ends = [about.get("duration", 0), declared / about["fps"]]
+    ends += [seconds(value) for key, value in about.items() if key.startswith("DURATION")]
+    if max(ends) == 0:
+        raise ValueError("it declares neither frames nor duration, so a lost end would go unseen; "
+                         "rewrite it with: ffmpeg -i IN -c copy OUT.mp4")
+    longest = max(np.diff(times), default=1 / about["fps"])  # seconds that a frame stays
+    if not times or max(ends) - times[-1] > 1.5 * longest:
+        raise ValueError(f"it ends after {len(times)} frames, before the {max(ends):.2f} seconds "
+                         "that it declares; it is truncated or damaged")
+    return len(times)
+
+
+def seconds(clock):
+    """Matroska's "00:01:02.5" -> 62.5"""
+    hours, minutes, rest = clock.split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(rest)
+
+
+def gif_frames(path):
+    with decoder(path, "pillow") as file:
+        yield from file.iter(mode="RGB")
+
+
+def gif_count(path):
+    with open(path, "rb") as raw:  # a complete gif ends with an empty block and a semicolon
+        raw.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+        if not raw.read().rstrip(b"\0").endswith(b"\0;"):
+            raise ValueError("the gif has no end mark; it is truncated")
+    with decoder(path, "pillow") as file:
+        return file.properties(index=...).n_images
+
+
+def read_image(path):
+    require_file(path)
+    with naming(printable(path)), decoder(path, "pillow") as file:
+        return file.read()
+
+
+def frame_paths(folder):
+    """Images of a folder in natural order; numbers in their names must have one step."""
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
+    numbers = [int(digits[-1]) for path in paths if (digits := re.findall("[0-9]+", path.stem))]
+    steps = np.diff(numbers)
+    if len(numbers) == len(paths) > 1 and (steps.min() != steps.max() or steps[0] < 1):
+        usual = Counter(steps[steps > 0].tolist()).most_common(1)
+        gap = np.flatnonzero(steps != (usual[0][0] if usual else 1))[0]
+        raise ValueError(f"frames are missing or mixed: {printable(paths[gap + 1].name)} "
+                         f"follows {printable(paths[gap].name)}")
+    return paths
+
+
+def array_videos(path, name, scale):
+    array = channels_last(load_array(path))
+    if array.dtype.kind != "f" and array.dtype != np.uint8:
+        raise ValueError(f"an array of {array.dtype}; save uint8 in 0..255, or float")
+    if array.dtype.kind == "f":
+        scale = scale or float_scale(array)
+    names = [name] if len(array) == 1 else [f"{name}[{i}]" for i in range(len(array))]
+    return [Video(name, clip.__len__, clip.__iter__, scale) for name, clip in zip(names, array)]
+
+
+def load_array(path):
+    """The one array of videos in an .npy, .npz or .pt file; .npy and .pt are memory-mapped."""
+    with open(path, "rb") as raw:
+        head = raw.read(6)
+    zipped = head.startswith(b"PK")
+    if path.suffix.lower() == ".pt":
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    elif zipped or head == b"\x93NUMPY":
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+        raise ValueError("this is no NumPy file")
+    arrays = dict(content) if hasattr(content, "keys") else {"it": content}
+    arrays = {key: array for key, array in arrays.items() if getattr(array, "ndim", 0) >= 3}
+    if len(arrays) != 1:
+        raise ValueError(f"it holds {len(arrays)} arrays that could be videos; keep exactly one")
+    array, = arrays.values()
+    if isinstance(array, torch.Tensor):
+        array = (array.float() if array.dtype == torch.bfloat16 else array).detach().numpy()
+    return array
+
+
+def channels_last(array):
+    """A view of one video or many.    -> (n, t, h, w, c)
+
+    Taken are (t, h, w) grey; (t, h, w, c), (c, t, h, w), (t, c, h, w); and (n, t, h, w, c),
+    (n, c, t, h, w), (n, t, c, h, w), with c = 1, 3 or 4, tried in this order."""
+    shape = tuple(array.shape)
+    if array.ndim == 3 and shape[-1] not in (1, 3, 4):
+        return array[None, ..., None]
+    array = array[None] if array.ndim == 4 else array
+    for axis in (4, 1, 2) if array.ndim == 5 else ():
+        if array.shape[axis] in (1, 3, 4):
+            return np.moveaxis(array, axis, -1)
+    raise ValueError(f"an array of shape {shape} is no video; save (t, h, w, c) or (n, t, h, w, c)")
+
+
+def float_scale(videos):
+    """What float pixels mean, by one rule for the whole file.    -> (0, 1) or (-1, 1)
+
+    All within [0, 1]: that is the scale. Else all within [-1, 1]: that one. Anything else is
+    refused. Rounding may step over the ends by 0.001, and is clipped."""
+    finite = (video[np.isfinite(video)] for video in videos)
+    ends = [(video.min(), video.max()) for video in finite if video.size]
+    low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
+    if low < -1.001 or high > 1.001:
+        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; "
+                         "save 0..255 as uint8")
+    return (0, 1) if low >= -0.001 else (-1, 1)
+
+
+# -----------------------------------------------------------------------------
+# 2. I3D
+#
+# FVD's features are the 400 logits of I3D [2], an Inception network inflated to
+# three dimensions and trained on Kinetics-400 alone, averaged over time. Three
+# details move the score: no softmax, BatchNorm's eps = 1e-3, and TensorFlow's
+# SAME padding, which depends on the size of the input and may be lopsided:
+#
+#     total = max(k - s, 0) if size % s == 0 else max(k - size % s, 0)
+#     front = total // 2,    back = total - front
+
+
+def same_pad(x, kernel, stride):
+    """TensorFlow's SAME padding with zeros.    x (n, c, t, h, w) -> (n, c, t', h', w')"""
+    pad = []
+    for size, k, s in list(zip(x.shape[2:], kernel, stride))[::-1]:  # F.pad wants the last axis first
+        total = max(k - s, 0) if size % s == 0 else max(k - size % s, 0)
+        pad += [total // 2, total - total // 2]
+    return F.pad(x, pad) if any(pad) else x
+
+
+class Unit3D(nn.Module):
+    """Convolution, BatchNorm, ReLU.    x (n, c_in, t, h, w) -> (n, c_out, t/s, h/s, w/s)
+
+    Needs: same_pad."""
+
+    def __init__(self, c_in, c_out, kernel=1, stride=1):
+        super().__init__()
+        self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=False)
+        # Frozen statistics, without the counter that the published files do not have either.
+        self.bn = nn.BatchNorm3d(c_out, eps=1e-3, track_running_stats=False)
+        self.bn.running_mean, self.bn.running_var = torch.zeros(c_out), torch.ones(c_out)
+
+    def forward(self, x):
+        x = same_pad(x, self.conv3d.kernel_size, self.conv3d.stride)
+        return F.relu(self.bn(self.conv3d(x)))
+
+
+class I3D(nn.Module):
+    """FVD's network [2].    x (n, 3, t, 224, 224) in [-1, 1] -> logits (n, 400)
+
+    The names of the parameters are those of the published state dict. At least 9 frames.
+    Needs: same_pad, Unit3D."""
+
+    MIXED = {  # widths of the branches b0, b1a, b1b, b2a, b2b, b3b
+        "Mixed_3b": (64, 96, 128, 16, 32, 32), "Mixed_3c": (128, 128, 192, 32, 96, 64),
+        "Mixed_4b": (192, 96, 208, 16, 48, 64), "Mixed_4c": (160, 112, 224, 24, 64, 64),
+        "Mixed_4d": (128, 128, 256, 24, 64, 64), "Mixed_4e": (112, 144, 288, 32, 64, 64),
+        "Mixed_4f": (256, 160, 320, 32, 128, 128), "Mixed_5b": (256, 160, 320, 32, 128, 128),
+        "Mixed_5c": (384, 192, 384, 48, 128, 128)}
+
+    def __init__(self):
+        super().__init__()
+        self.Conv3d_1a_7x7 = Unit3D(3, 64, kernel=7, stride=2)
+        self.Conv3d_2b_1x1 = Unit3D(64, 64)
+        self.Conv3d_2c_3x3 = Unit3D(64, 192, kernel=3)
+        c = 192
+        for name, (b0, b1a, b1b, b2a, b2b, b3b) in self.MIXED.items():
+            self.add_module(name, nn.ModuleDict({
+                "b0": Unit3D(c, b0),
+                "b1a": Unit3D(c, b1a), "b1b": Unit3D(b1a, b1b, kernel=3),
+                "b2a": Unit3D(c, b2a), "b2b": Unit3D(b2a, b2b, kernel=3),
+                "b3b": Unit3D(c, b3b)}))
+            c = b0 + b1b + b2b + b3b
+        self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(c, 400, 1)})
+        self.eval().requires_grad_(False)
+
+    def pool(self, x, kernel, stride):
+        # Zeros are as good as -inf around x: it comes out of a ReLU.
+        return F.max_pool3d(same_pad(x, kernel, stride), kernel, stride)
+
+    def mixed(self, x, name):
+        b = self.get_submodule(name)
+        return torch.cat([b["b0"](x), b["b1b"](b["b1a"](x)), b["b2b"](b["b2a"](x)),
+                          b["b3b"](self.pool(x, (3, 3, 3), (1, 1, 1)))], dim=1)
+
+    def forward(self, x):
+        if x.shape[1] != 3 or x.shape[2] < 9 or x.shape[3:] != (224, 224):
+            raise ValueError(f"I3D wants (n, 3, t >= 9, 224, 224), not {tuple(x.shape)}")
+        x = self.Conv3d_1a_7x7(x)                               # (n, 64, t/2, 112, 112)
+        x = self.pool(x, (1, 3, 3), (1, 2, 2))                  # (n, 64, t/2, 56, 56)
+        x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))           # (n, 192, t/2, 56, 56)
+        x = self.pool(x, (1, 3, 3), (1, 2, 2))                  # (n, 192, t/2, 28, 28)
+        for name in ("Mixed_3b", "Mixed_3c"):
+            x = self.mixed(x, name)                             # (n, 480, t/2, 28, 28)
+        x = self.pool(x, (3, 3, 3), (2, 2, 2))                  # (n, 480, t/4, 14, 14)
+        for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f"):
+            x = self.mixed(x, name)                             # (n, 832, t/4, 14, 14)
+        x = self.pool(x, (2, 2, 2), (2, 2, 2))                  # (n, 832, t/8, 7, 7)
+        for name in ("Mixed_5b", "Mixed_5c"):
+            x = self.mixed(x, name)                             # (n, 1024, t/8, 7, 7)
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                # (n, 1024, t/8 - 1, 1, 1)
+        return self.logits["conv3d"](x).mean((2, 3, 4))         # (n, 400)
+
+
+# -----------------------------------------------------------------------------
+# 3. Weights
+#
+# Two published files hold this network: a plain state dict and a TorchScript
+# program. TorchScript runs code when it is loaded, and half a download loads as
+# nothing at all, so a file is hashed before it is opened. Nothing is fetched
+# without --download. Other I3D files found in the wild (rgb_imagenet.pt,
+# model_rgb.pth) are another network, and their distances are not FVD.
+
+STATE_DICT = "i3d_pretrained_400.pt"
+STATE_DICT_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
+STATE_DICT_GIT_SHA1 = "a867b87ac3a9097d200598b1d48a1b890d8ec744"  # git hash-object FILE
+TORCHSCRIPT = "i3d_torchscript.pt"
+TORCHSCRIPT_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
+TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+TORCHSCRIPT_BYTES = 51235320
+WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fvd", STATE_DICT)
+
+BY_HAND = f"""Get one of these two files and pass it as --weights FILE, or put the first one at {WEIGHTS} :
+  {STATE_DICT}, about 49 MB, from {STATE_DICT_URL}
+    `git hash-object FILE` must print {STATE_DICT_GIT_SHA1}
+  {TORCHSCRIPT}, {TORCHSCRIPT_BYTES} bytes, from {TORCHSCRIPT_URL}
+    its sha256 must be {TORCHSCRIPT_SHA256}
+Or let --download fetch the first, or score without weights by --features random."""
+
+
+def digest(path, algorithm="sha256", prefix=b""):
+    total = hashlib.new(algorithm, prefix)
+    with open(path, "rb") as raw:
+        while block := raw.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def published(path):
+    """Which published file this is, by size and hash: STATE_DICT, TORCHSCRIPT or None."""
+    size = os.path.getsize(path)
+    if size == TORCHSCRIPT_BYTES and digest(path) == TORCHSCRIPT_SHA256:
+        return TORCHSCRIPT
+    if digest(path, "sha1", prefix=b"blob %d\0" % size) == STATE_DICT_GIT_SHA1:
+        return STATE_DICT
+    return None
+
+
+class TorchScriptI3D(nn.Module):
+    """The TorchScript file with I3D's interface.    x (n, 3, t, 224, 224) -> (n, 400)"""
+
+    def __init__(self, path):
+        super().__init__()
+        self.net = torch.jit.load(path, map_location="cpu").eval()
+
+    def forward(self, x):
+        return self.net(x=x, rescale=False, resize=False, return_features=True)
+
+
+def load_i3d(path, allow_unknown=False):
+    """I3D with the weights of a published file.    path -> nn.Module
+
+    Raises ValueError if the file is missing, or is none of the two and `allow_unknown` is False."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: there is no such file of weights. {BY_HAND}")
+    if published(path) is None and not allow_unknown:
+        raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have the hash of neither "
+                         f"published file, so it is truncated or another network; "
+                         f"--allow-unknown-weights takes it all the same. {BY_HAND}")
+    if zipfile.is_zipfile(path):
+        if any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            return TorchScriptI3D(path)
+    net = I3D()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({k: v for k, v in state.items() if "num_batches_tracked" not in k})
+    except Exception as error:  # an unknown file may hold anything: pickle, zip, other tensors
+        raise ValueError(f"{path}: this is no state dict of I3D. {BY_HAND}") from error
+    return net
+
+
+def random_i3d(seed=0):
+    """I3D with random weights [5], the same on every machine.    seed -> I3D
+
+    Its distances rank videos unlike natural images usefully, but they are not FVD."""
+    net, random = I3D(), np.random.RandomState(seed)  # RandomState's stream never changes
+    for name, value in sorted(net.state_dict().items()):
+        if name.endswith("conv3d.weight"):  # He's scale, times 0.6 for the four branches summed
+            std = 0.6 * (2 / value[0].numel()) ** 0.5
+            value.copy_(torch.from_numpy(random.standard_normal(value.shape) * std))
+        elif name.endswith("running_var"):
+            value.copy_(torch.from_numpy(random.uniform(0.05, 1.5, value.shape)))
+        elif not name.endswith("bn.weight"):
+            value.copy_(torch.from_numpy(random.standard_normal(value.shape) * 0.1))
+    return net
+
+
+def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
+    """Fetch the state dict to `path` unless it is there: first beside it, then verified, then moved."""
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as out:
+            total = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := reply.read(1 << 16):
+                    bar.update(out.write(block))
+        if published(part) != STATE_DICT:
+            raise ValueError(f"{url}: what came is not {STATE_DICT} (cut off, or a page of a proxy). "
+                             f"{BY_HAND}")
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"{url}: the download failed ({error}). {BY_HAND}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# -----------------------------------------------------------------------------
+# 4. Clips to features
+#
+# Implementations of FVD disagree on how frames reach 224 x 224 and on their
+# range, and both change the number. TensorFlow 1 samples at
+#
+#     source = destination * in / out                        (tf1)
+#     source = (destination + 1/2) * in / out - 1/2          (half-pixel)
+#
+# `standard` is half-pixel and [-1, 1]. `paper` is what the code of [3] does:
+# tf1, and [0, 1], because its line 2 x - 1 is commented out.
+
+PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "paper": ("tf1", (0, 1))}
+
+
+def resize_tf1(x, size=224):
+    """TensorFlow 1's bilinear resize, without half-pixel centres.    x (..., h, w) -> (..., s, s)"""
+    for axis in (-1, -2):
+        length = x.shape[axis]
+        # In float32 as in TensorFlow: at 255 grey levels its rounding is visible.
+        source = torch.arange(size, device=x.device).float() * (torch.tensor(float(length)) / size).item()
+        low = source.floor().long()
+        high = (low + 1).clamp(max=length - 1)
+        weight = (source - low).unflatten(0, (size, 1) if axis == -2 else (size,))
+        below, above = x.index_select(axis, low), x.index_select(axis, high)
+        x = below + (above - below) * weight
+    return x
+
+
+def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
+    """Frames as I3D takes them.    clip uint8 (t, h, w, 3) -> float (3, t, 224, 224)
+
+    Needs: resize_tf1."""
+    x = clip.permute(0, 3, 1, 2).float()                        # (t, 3, h, w)
+    if resize == "tf1":
+        x = resize_tf1(x)
+    else:
+        x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
+    low, high = value_range
+    return (x / 255 * (high - low) + low).transpose(0, 1)       # (3, t, 224, 224)
+
+
+@torch.no_grad()
+def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu",
+                   bfloat16=False):
+    """Features of clips, batch by batch.    iterable of uint8 (t, h, w, 3) -> float64 (n, d)
+
+    Clips may differ in size, not in length. Needs: preprocess, resize_tf1."""
+    features, waiting, last = [], [], object()
+    precise = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=bfloat16)
+    for clip in [*clips, last] if isinstance(clips, (list, np.ndarray, torch.Tensor)) else clips:
+        pass
+    return torch.cat(features)

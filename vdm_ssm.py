@@ -1,0 +1,910 @@
+"""Video diffusion with state-space models, in one file.
+
+A video diffusion model turns noise into a video in many small denoising steps. Its network must let every frame see
+every other frame, and the usual tool, attention over time, needs memory that grows with the square of the number of
+frames. The papers below replace it by state-space models (SSMs): linear recurrences over time, run once forward and
+once backward. This file is that method from the recurrence up to the sampler, and runs on any device torch runs on.
+
+    python vdm_ssm.py        checks the scan, then prints parameters, time and memory of every temporal layer
+
+References
+    [1] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711. v1-v3 use S4D, v4 bidirectional Mamba.
+    [2] Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752.
+    [3] Gu et al., On the Parameterization and Initialization of Diagonal State Space Models (S4D), arXiv 2206.11893.
+    [4] Ho et al., Video Diffusion Models, arXiv 2204.03458.
+    [5] Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
+    [6] Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672.
+    [7] Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502.
+    [8] Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    [9] Su et al., RoFormer, arXiv 2104.09864.    [10] Raffel et al., T5, arXiv 1910.10683.
+    [11] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236; Shen et al., arXiv 1812.01243.
+    [12] Mehta et al., Long Range Language Modeling via Gated State Spaces, arXiv 2206.13947 (GSS);
+         Wang et al., Pretraining Without Attention, arXiv 2212.10544 (BiGS).
+
+Letters
+    b batch    c channels    f frames    h w height and width    l sequence length    d width of a sequence
+    n state size    x a video or features    u -> y input and output of an SSM    t diffusion step    k a frame
+    dt step size of an SSM    A B C D its parameters    beta alpha alpha_bar eps as in DDPM [5]
+    A video is (b, c, f, h, w), float, in [-1, 1]. A sequence is (b, l, d).
+
+Map
+    1. Scans              selective_scan_loop, selective_scan
+    2. S4D                an SSM as a convolution
+    3. S6                 Mamba's selective SSM
+    4. Temporal layers    temporal_layer(name) and the blocks it chooses from
+    5. Spatial blocks     step embedding, ResNet block, attention over space, resampling
+    6. UNet3D
+    7. GaussianDiffusion
+
+Differs from the papers
+    The network computes the same function as the official code, and its parameters are registered in the same order.
+    The unused position table of the official SSM variants (32 x heads numbers) does not exist here. Convolutions are
+    2D over single frames, which is what (1, k, k) kernels are. The official attention stores f x f scores per pixel;
+    here `F.scaled_dot_product_attention` decides.
+"""
+
+import math
+import time
+import weakref
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# -----------------------------------------------------------------------------
+# 1. Scans
+#
+# A selective SSM [2] carries a state of n numbers per channel through time:
+#
+#     state_k = exp(dt_k A) state_{k-1} + dt_k B_k u_k        y_k = C_k . state_k + D u_k
+#
+# dt, B and C change from frame to frame, so no fixed convolution computes it. Autograd through the loop would keep all
+# states, (b, l, d, n), sixteen times the input. The scan below keeps one state per chunk of frames and recomputes the
+# rest in its backward pass. In a video model every pixel is a row: there are thousands of short sequences, so time is
+# walked step by step and the rows are what runs in parallel.
+
+
+def selective_scan_loop(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False):
+    """The definition of the selective scan.    u, dt (b, l, d), A (d, n), B, C (b, l, n), D (d) -> y (b, l, d)
+
+    Differentiable, in any floating dtype; memory grows as b*l*d*n. A is negative, dt is positive (in frames).
+    `initial_state` (b, d, n) defaults to zeros; with `return_last_state` the result is (y, last state (b, d, n)).
+    Source: [2], eq. 2 with the discretisation of section 3.6 of its code: exact for A, Euler for B.
+    """
+    b, l, d = u.shape
+    state = u.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state
+    ys = []
+    for k in range(l):
+        decay = torch.exp(dt[:, k, :, None] * A)  # (b, d, n)
+        state = decay * state + (dt * u)[:, k, :, None] * B[:, k, None]
+        ys.append((state * C[:, k, None]).sum(-1))  # (b, d)
+    y = torch.stack(ys, dim=1)
+    y = y if D is None else y + D * u
+    return (y, state) if return_last_state else y
+
+
+class SelectiveScan(torch.autograd.Function):
+    """`selective_scan` and its gradient; call that instead.
+
+    Work is cut into blocks of some rows by some frames. Inside a block everything is time first, (k, b, n, d): the
+    channels lie innermost so that sums over n are matrix products, and one frame is one contiguous slab.
+    """
+
+    CHUNK = 16  # frames between two stored states: they then take 1/16 of the memory of all states
+
+    @staticmethod
+    def tiles(b, l, n, d, device):
+        """Slices of rows, slices of frames, and the number of rows in a tile."""
+        # A CPU is fastest when a block stays in its cache; a GPU wants every row at once, within a bound on memory.
+        slab = 2**16 if device.type == "cpu" else 2**24
+        size = min(b, max(1, slab // (n * d)))
+        rows = [slice(i, min(i + size, b)) for i in range(0, b, max(size, 1))]
+        frames = [slice(i, min(i + SelectiveScan.CHUNK, l)) for i in range(0, l, SelectiveScan.CHUNK)]
+        return rows, frames, size
+
+    @staticmethod
+    def block(x, rows, frames, dtype):
+        """One block, time first.    x (b, l, d) -> (k, rows, d)"""
+        return x[rows, frames].transpose(0, 1).to(dtype).contiguous()
+
+    @staticmethod
+    def recur(states, decay, u, dt, B, log2_decay):
+        """Fill states[1:] and decay from states[0].    u, dt (k, b, d), B (k, b, n), log2_decay (n, d)"""
+        # exp2 has no slow path where exp underflows, and dt*A reaches -160.
+        torch.mul(dt[:, :, None], log2_decay, out=decay).exp2_()
+        torch.mul((dt * u)[:, :, None], B[..., None], out=states[1:])
+        for k in range(len(u)):
+            states[k + 1].addcmul_(decay[k], states[k])
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, D, initial_state):
+        (b, l, d), n, block = u.shape, A.shape[1], SelectiveScan.block
+        dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
+        log2_decay = A.T.to(dtype) * math.log2(math.e)  # (n, d)
+        rows, frames, size = SelectiveScan.tiles(b, l, n, d, u.device)
+        k_max = min(SelectiveScan.CHUNK, l)
+        decay = u.new_empty(k_max, size, n, d, dtype=dtype)
+        states = u.new_empty(k_max + 1, size, n, d, dtype=dtype)
+        starts = u.new_empty(len(frames), b, n, d, dtype=dtype)  # the state before each chunk
+        last_state = u.new_empty(b, n, d, dtype=dtype)
+        y = torch.empty_like(u)
+
+        for r in rows:
+            r_size = r.stop - r.start
+            states[0, :r_size] = initial_state[r].transpose(1, 2)
+            for i, s in enumerate(frames):
+                u_, dt_, B_, C_ = (block(x, r, s, dtype) for x in (u, dt, B, C))
+                h, a = states[: len(u_) + 1, :r_size], decay[: len(u_), :r_size]
+                starts[i, r] = h[0]
+                SelectiveScan.recur(h, a, u_, dt_, B_, log2_decay)
+                y_ = (C_[:, :, None] @ h[1:]).squeeze(2)  # (k, b, d)
+                y[r, s] = y_.addcmul_(D, u_).transpose(0, 1)
+                h[0] = h[-1]
+            last_state[r] = states[0, :r_size]
+
+        ctx.save_for_backward(u, dt, A, B, C, D, starts)
+        ctx.initial_dtype = initial_state.dtype
+        return y, last_state.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dlast_state):
+        # The adjoint runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. With w_k = g_k exp(dt_k A)
+        # state_{k-1}, the gradient of dt_k A, every parameter's gradient is a sum of products of u, dt, B, state, g, w.
+        u, dt, A, B, C, D, starts = ctx.saved_tensors
+        (b, l, d), n, block, dtype = u.shape, A.shape[1], SelectiveScan.block, starts.dtype
+        A_ = A.T.to(dtype).contiguous()  # (n, d)
+        rows, frames, size = SelectiveScan.tiles(b, l, n, d, u.device)
+        k_max = min(SelectiveScan.CHUNK, l)
+        decay, adjoint = (u.new_empty(k_max, size, n, d, dtype=dtype) for _ in range(2))
+        states = u.new_empty(k_max + 1, size, n, d, dtype=dtype)
+        du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
+        dA, dD = torch.zeros_like(A_), torch.zeros(d, dtype=dtype, device=u.device)
+        dinitial = torch.empty_like(dlast_state, dtype=ctx.initial_dtype)
+
+        for r in rows:
+            r_size = r.stop - r.start
+            carry = dlast_state[r].transpose(1, 2).to(dtype)  # exp(dt_{k+1} A) g_{k+1}
+            for i, s in reversed(list(enumerate(frames))):
+                u_, dt_, B_, C_, dy_ = (block(x, r, s, dtype) for x in (u, dt, B, C, dy))
+                h, a, g = states[: len(u_) + 1, :r_size], decay[: len(u_), :r_size], adjoint[: len(u_), :r_size]
+                h[0] = starts[i, r]
+                SelectiveScan.recur(h, a, u_, dt_, B_, A_ * math.log2(math.e))
+                torch.mul(C_[..., None], dy_[:, :, None], out=g)
+                g[-1] += carry
+                for k in reversed(range(1, len(u_))):
+                    g[k - 1].addcmul_(a[k], g[k])
+                dC[r, s] = (h[1:] @ dy_[..., None]).squeeze(3).transpose(0, 1)
+                dB[r, s] = (g @ (dt_ * u_)[..., None]).squeeze(3).transpose(0, 1)
+                dinput = (B_[:, :, None] @ g).squeeze(2)  # of dt*u, (k, b, d)
+                du[r, s] = (dinput * dt_ + D * dy_).transpose(0, 1)
+                dD += (dy_ * u_).sum((0, 1))
+                a.mul_(g)
+                carry = a[0].clone()
+                w = a.mul_(h[:-1])
+                ddt[r, s] = (dinput * u_ + torch.mul(w, A_, out=g).sum(2)).transpose(0, 1)
+                dA += w.mul_(dt_[:, :, None]).sum((0, 1))
+            dinitial[r] = carry.transpose(1, 2)
+        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial
+
+
+@torch.compiler.disable
+def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False):
+    """The selective scan in linear memory.    u, dt (b, l, d), A (d, n), B, C (b, l, n), D (d) -> y (b, l, d)
+
+    The same function as `selective_scan_loop`, with the same arguments and gradients. The state is float32 (float64 for
+    a float64 A), also for bfloat16 and float16 inputs and under autocast. Kept for the backward pass: the inputs and
+    one state per 16 frames. Differentiable once; a second derivative raises RuntimeError.
+    Needs: SelectiveScan.
+    """
+    b, l, d = u.shape
+    if D is None:
+        D = torch.zeros(d, dtype=A.dtype, device=u.device)
+    if initial_state is None:
+        initial_state = torch.zeros(b, d, A.shape[1], dtype=A.dtype, device=u.device)
+    y, last_state = SelectiveScan.apply(u, dt, A, B, C, D, initial_state)
+    return (y, last_state) if return_last_state else y
+
+
+# -----------------------------------------------------------------------------
+# 2. S4D
+#
+# With parameters that do not change over time the SSM is a convolution. S4D [3] has n/2 complex modes per channel,
+#
+#     state_k = exp(dt A) state_{k-1} + u_k        y_k = 2 Re(C' . state_k) + D u_k        C' = C (exp(dt A) - 1) / A
+#
+# (zero-order hold with B = 1, folded into C), and unrolling it gives y = K * u with K_k = 2 Re sum_n C'_n exp(dt A_n)^k.
+
+
+class S4D(nn.Module):
+    """Diagonal SSM with fixed parameters, run as a convolution.    u (b, l, d) -> y (b, l, d)
+
+    n: real state size, n/2 complex modes per channel (n even). Source: [3], S4D-Lin initialisation.
+    """
+
+    activation = staticmethod(F.gelu)  # what [1] puts after this core
+
+    def __init__(self, d, n=64, dt_min=1e-3, dt_max=1e-1):
+        super().__init__()
+        self.D = nn.Parameter(torch.randn(d))
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(d, n // 2, dtype=torch.cfloat)))  # parts N(0, 1/2)
+        self.log_dt = nn.Parameter(torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.log_A_real = nn.Parameter(torch.full((d, n // 2), math.log(0.5)))
+        self.A_imag = nn.Parameter(repeat(math.pi * torch.arange(n // 2), "n -> d n", d=d).clone())
+
+    def discretise(self):
+        """Parameters of the recurrence, complex128.    -> dt A (d, n/2), C' (d, n/2)"""
+        # For dt ~ 1e-3, exp(dt A) - 1 cancels: expm1, and float64, which a GPU or CPU has and a Mac's GPU has not.
+        double = torch.float32 if self.D.device.type == "mps" else torch.float64
+        A = torch.complex(-self.log_A_real.to(double).exp(), self.A_imag.to(double))
+        dt_A = self.log_dt.to(double).exp()[:, None] * A  # (d, n/2)
+        C = torch.view_as_complex(self.C.to(double).contiguous())
+        return dt_A, C * torch.expm1(dt_A) / A
+
+    def kernel(self, l):
+        """The impulse response.    -> K (d, l)"""
+        # exp(dt A)^(q r + k) = (exp(dt A)^q)^r exp(dt A)^k: two tables of about sqrt(l) powers and one matrix product
+        # instead of l exponentials per mode.
+        dt_A, C = self.discretise()
+        q = math.ceil(math.sqrt(l))
+        steps = torch.arange(q, device=dt_A.device)
+        fine = torch.exp(dt_A[..., None] * steps)  # (d, n/2, q)
+        coarse = C[..., None] * torch.exp(dt_A[..., None] * (q * steps))  # (d, n/2, q)
+        real = coarse.real.mT @ fine.real - coarse.imag.mT @ fine.imag  # (d, q, q)
+        return 2 * real.flatten(1)[:, :l].to(self.D.dtype)
+
+    def forward(self, u):
+        l = u.shape[1]
+        u32 = u.to(self.D.dtype)  # the FFT knows no bfloat16
+        # Length 2l: the FFT's convolution is circular, and the padding keeps its end from touching its beginning.
+        spectrum = torch.fft.rfft(u32, n=2 * l, dim=1) * torch.fft.rfft(self.kernel(l), n=2 * l).T  # (b, l + 1, d)
+        y = torch.fft.irfft(spectrum, n=2 * l, dim=1)[:, :l] + self.D * u32
+        return y.to(u.dtype)
+
+    def initial_state(self, b):
+        """The state before the first frame.    -> (b, d, n/2), complex"""
+        return torch.zeros(b, *self.C.shape[:2], dtype=self.discretise()[0].dtype, device=self.D.device)
+
+    def step(self, u, state):
+        """One frame at constant cost.    u (b, d), state (b, d, n/2) -> y (b, d), state"""
+        dt_A, C = self.discretise()
+        state = torch.exp(dt_A) * state + u[..., None]
+        y = 2 * (C * state).sum(-1).real
+        return (y + self.D * u).to(u.dtype), state
+
+
+# -----------------------------------------------------------------------------
+# 3. S6
+#
+# Mamba's selective SSM [2] lets the input choose how long to remember and what to write and read: dt, B and C are
+# linear functions of u_k, A and D are parameters. dt passes through a bottleneck of rank d/16 and a softplus, so that
+#
+#     dt = softplus(W2 W1 u + bias) > 0,     A = -exp(A_log) < 0,     0 < exp(dt A) < 1.
+
+
+class S6(nn.Module):
+    """Selective SSM.    u (b, l, d) -> y (b, l, d)
+
+    n: state size per channel. Source: [2], algorithm 2, and its initialisation: A = -(1..n), D = 1, and a bias that
+    makes dt log-uniform in [1e-3, 1e-1] frames. The rank is ceil(d/16) of the width the SSM itself sees, as in [1].
+    Needs: selective_scan, SelectiveScan.
+    """
+
+    activation = staticmethod(F.silu)  # what [1] puts after this core
+
+    def __init__(self, d, n=16, dt_min=1e-3, dt_max=1e-1):
+        super().__init__()
+        self.n, self.rank = n, math.ceil(d / 16)
+        self.A_log = nn.Parameter(repeat(torch.arange(1.0, n + 1).log(), "n -> d n", d=d).clone())
+        self.D = nn.Parameter(torch.ones(d))
+        self.x_proj = nn.Linear(d, self.rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(self.rank, d)
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        dt = torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def parameters_of(self, u):
+        """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
+        dt, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
+        return F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log.float()), B, C
+
+    def forward(self, u):
+        dt, A, B, C = self.parameters_of(u)
+        return selective_scan(u, dt, A, B, C, self.D)
+
+    def initial_state(self, b):
+        """The state before the first frame.    -> (b, d, n)"""
+        return torch.zeros(b, *self.A_log.shape, device=self.D.device)
+
+    def step(self, u, state):
+        """One frame at constant cost.    u (b, d), state (b, d, n) -> y (b, d), state"""
+        dt, A, B, C = self.parameters_of(u[:, None])
+        y, state = selective_scan(u[:, None], dt, A, B, C, self.D, initial_state=state, return_last_state=True)
+        return y[:, 0], state
+
+
+# -----------------------------------------------------------------------------
+# 4. Temporal layers
+#
+# Each maps (b, l, d) -> (b, l, d), where the rows are pixels and l counts frames. An SSM sees only the past, but a video
+# is denoised as a whole: the bidirectional layers run a second SSM over the reversed frames and join the two. The papers
+# differ in the block around the two cores: sum, concatenation, gating, or a Mamba block. Attention is the baseline [4].
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns feature pairs by an angle proportional to the frame index.    x (..., l, d) -> (..., l, d)
+
+    The first `dims` features are turned, in adjacent pairs (2i, 2i+1), pair i by 10000^(-2i/dims) per frame. A product
+    of a turned query and a turned key depends on their distance only. Source: [9].
+    """
+
+    def __init__(self, dims=32):
+        super().__init__()
+        self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, dims, 2) / dims), requires_grad=False)
+
+    def forward(self, x):
+        dims = 2 * len(self.freqs)
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * self.freqs  # (l, dims/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        x1, x2 = x[..., 0:dims:2], x[..., 1:dims:2]
+        turned = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
+        return torch.cat([turned, x[..., dims:]], dim=-1)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each distance between query and key.    l -> (heads, l, l)
+
+    32 buckets per head: 16 for keys before or at the query, 16 for keys after it; in each half 8 exact distances, then
+    logarithmically wider ones up to `max_distance` frames. Source: T5 [10].
+    """
+
+    def __init__(self, heads, buckets=32, max_distance=32):
+        super().__init__()
+        self.table = nn.Embedding(buckets, heads)
+        self.max_distance = max_distance
+
+    def bucket(self, distance):
+        """Signed distances, key minus query.    (...) int -> (...) int in [0, buckets)"""
+        half = self.table.num_embeddings // 2
+        exact = half // 2
+        size = distance.abs()
+        log = torch.log(size.clamp(min=1) / exact) / math.log(self.max_distance / exact)  # 0 at exact, 1 at max_distance
+        wide = (exact + (log * (half - exact)).long()).clamp(max=half - 1)
+        return half * (distance > 0) + torch.where(size < exact, size, wide)
+
+    def forward(self, l):
+        frames = torch.arange(l, device=self.table.weight.device)
+        return rearrange(self.table(self.bucket(frames - frames[:, None])), "i j heads -> heads i j")
+
+
+class Attention(nn.Module):
+    """Softmax attention over the rows of a sequence.    x (..., l, d) -> (..., l, d)
+
+    rotary, bias: optional position modules over time, `RotaryEmbedding` and `RelativeBias`. Source: [4].
+    """
+
+    def __init__(self, d, heads=8, head_dim=64, rotary=None, bias=None):
+        super().__init__()
+        self.heads, self.rotary, self.bias = heads, rotary, bias
+        self.to_qkv = nn.Linear(d, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, d, bias=False)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        bias = None if self.bias is None else self.bias(x.shape[-2]).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale head_dim^-0.5
+        return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
+
+
+class LinearAttention(nn.Module):
+    """Attention without the l x l scores: keys and values are summed first.    x (..., l, d) -> (..., l, d)
+
+    The query is a softmax over features, scaled by head_dim^-0.5, the key a softmax over positions. Source: [11].
+    """
+
+    def __init__(self, d, heads=8, head_dim=64, rotary=None, out_bias=False):
+        super().__init__()
+        self.heads, self.scale, self.rotary = heads, head_dim**-0.5, rotary
+        self.to_qkv = nn.Linear(d, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, d, bias=out_bias)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        context = k.softmax(dim=-2).mT @ v  # (..., heads, d, d)
+        y = (q.softmax(dim=-1) * self.scale) @ context  # (..., heads, l, d)
+        return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
+
+
+def backward_in_time(layer, u):
+    """Run a causal layer over the reversed frames.    u (b, l, d) -> (b, l, d)"""
+    return layer(u.flip(1)).flip(1)
+
+
+class GLU(nn.Module):
+    """A core, an activation, and a gated linear unit.    u (b, l, d) -> (b, l, d)"""
+
+    def __init__(self, core, d):
+        super().__init__()
+        self.core, self.proj = core, nn.Linear(d, 2 * d)
+
+    def forward(self, u):
+        return F.glu(self.proj(self.core.activation(self.core(u))), dim=-1)
+
+
+class GLUBlock(nn.Module):
+    """One GLU core each way, summed; then an MLP unless `mlp` is None.    x (b, l, d) -> (b, l, d)
+
+    With S4D cores and an MLP it is the layer of the first paper, [1] v1. Needs: GLU, backward_in_time.
+    """
+
+    def __init__(self, core, d, bidirectional=True, mlp=None):
+        super().__init__()
+        self.ahead = GLU(core(d), d)
+        self.back = GLU(core(d), d) if bidirectional else None
+        self.mlp = nn.Identity() if mlp is None else nn.Sequential(nn.Linear(d, mlp), nn.GELU(), nn.Linear(mlp, d))
+
+    def forward(self, x):
+        y = self.ahead(x)
+        if self.back is not None:
+            y = y + backward_in_time(self.back, x)
+        return self.mlp(y)
+
+
+class MLPBlock(nn.Module):
+    """One bare core each way, concatenated, then an MLP.    x (b, l, d) -> (b, l, d)
+
+    An ablation of [1]. Needs: backward_in_time.
+    """
+
+    def __init__(self, core, d, bidirectional=True, mlp=512):
+        super().__init__()
+        self.ahead = core(d)
+        self.back = core(d) if bidirectional else None
+        self.fc1 = nn.Linear(2 * d if bidirectional else d, mlp)
+        self.fc2 = nn.Linear(mlp, d)
+
+    def forward(self, x):
+        y = self.ahead(x)
+        if self.back is not None:
+            y = torch.cat([y, backward_in_time(self.back, x)], dim=-1)  # (b, l, 2d)
+        return self.fc2(F.gelu(self.fc1(F.gelu(y))))
+
+
+class GatedBlock(nn.Module):
+    """The product of both ways, gated by a shortcut.    x (b, l, d) -> (b, l, d)
+
+    GSS when forward-only, BiGS when bidirectional [12]; `wide` is the width of the gate. An ablation of [1].
+    Needs: backward_in_time.
+    """
+
+    def __init__(self, core, d, bidirectional=True, wide=512):
+        super().__init__()
+        self.ahead = core(d)
+        self.back = core(d) if bidirectional else None
+        self.shortcut = nn.Linear(d, wide)
+        self.ahead_in, self.ahead_out = nn.Linear(d, d), nn.Linear(d, d)
+        if bidirectional:
+            self.back_in, self.back_out = nn.Linear(d, d), nn.Linear(d, d)
+        self.gate = nn.Linear(d, wide)
+        self.out = nn.Linear(wide, d)
+
+    def forward(self, x):
+        y = self.ahead_out(self.ahead(F.gelu(self.ahead_in(x))))
+        if self.back is not None:
+            y = y * self.back_out(backward_in_time(self.back, F.gelu(self.back_in(x))))
+        return self.out(F.gelu(self.shortcut(x)) * F.gelu(self.gate(y)))
+
+
+class CausalConv(nn.Module):
+    """Depthwise convolution over the last `width` frames.    u (b, l, d) -> (b, l, d)"""
+
+    def __init__(self, d, width=4):
+        super().__init__()
+        conv = nn.Conv1d(d, d, width, groups=d)  # for its initialisation
+        self.weight, self.bias = conv.weight, conv.bias  # (d, 1, width), (d)
+
+    def forward(self, u):
+        # `width` shifted products: several times faster than a depthwise Conv1d, which wants time innermost.
+        width = self.weight.shape[-1]
+        past = F.pad(u, (0, 0, width - 1, 0))  # (b, l + width - 1, d)
+        y = self.bias
+        for j in range(width):
+            y = y + past[:, j : j + u.shape[1]] * self.weight[:, 0, j]
+        return y
+
+
+class MambaBlock(nn.Module):
+    """A Mamba block whose convolution and SSM run both ways.    x (b, l, d) -> (b, l, d)
+
+        u, z = W_in x        y = SSM(silu(conv(u))) + the same on reversed frames        out = W_out (y * silu(z))
+
+    Input projection, gate and output projection are shared by both ways. With an S6 core it is the layer of the final
+    paper, [1] v4. Needs: CausalConv, backward_in_time.
+    """
+
+    def __init__(self, core, d, bidirectional=True, expand=2):
+        super().__init__()
+        self.ahead = core(expand * d)
+        self.back = core(expand * d) if bidirectional else None
+        self.in_proj = nn.Linear(d, 2 * expand * d)
+        self.ahead_conv = CausalConv(expand * d)
+        self.back_conv = CausalConv(expand * d) if bidirectional else None
+        self.out_proj = nn.Linear(expand * d, d)
+
+    def forward(self, x):
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, 2d) each
+        y = self.ahead(F.silu(self.ahead_conv(u)))
+        if self.back is not None:
+            y = y + backward_in_time(lambda v: self.back(F.silu(self.back_conv(v))), u)
+        return self.out_proj(y * F.silu(z))
+
+
+TEMPORAL_LAYERS = ("attention", "linear-attention", "bi-mamba", "bi-s4d", "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated",
+                   "bi-s4d-mamba", "bi-s6-glu", "bi-s6-mlp", "bi-s6-gated", "mamba", "s4d", "s4d-glu", "s4d-mlp",
+                   "s4d-gated", "s4d-mamba", "s6-glu", "s6-mlp", "s6-gated")  # fmt: skip
+
+
+def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
+    """Turn a name into a function that makes layers: d -> nn.Module, (b, l, d) -> (b, l, d)
+
+    name: one of TEMPORAL_LAYERS; without "bi-" a layer sees only the past. heads, head_dim: of attention. n: state size,
+    default 16, for `s4d` and `bi-s4d` heads * head_dim. mlp: width of the MLP or gate, default 512, for `s4d` and
+    `bi-s4d` heads * head_dim, for `s4d-gated` 3d. Layers made by one such function share their position tables.
+    Raises ValueError for an unknown name.
+    """
+    if name not in TEMPORAL_LAYERS:
+        raise ValueError(f"unknown temporal layer {name!r}: choose one of {', '.join(TEMPORAL_LAYERS)}")
+    wide = heads * head_dim
+    s4d, s4d_wide, s6 = partial(S4D, n=n or 16), partial(S4D, n=n or wide), partial(S6, n=n or 16)
+    ways = dict(bidirectional=name.startswith("bi-"))
+    rotary = RotaryEmbedding(min(32, head_dim))
+    make = {
+        "attention": partial(Attention, heads=heads, head_dim=head_dim, rotary=rotary, bias=RelativeBias(heads)),
+        "linear-attention": partial(LinearAttention, heads=heads, head_dim=head_dim, rotary=rotary),
+        "s4d": partial(GLUBlock, s4d_wide, mlp=mlp or wide, **ways),
+        "mamba": partial(MambaBlock, s6, **ways),
+        "s4d-glu": partial(GLUBlock, s4d, **ways),
+        "s4d-mlp": partial(MLPBlock, s4d, mlp=mlp or 512, **ways),
+        "s4d-gated": lambda d: GatedBlock(s4d, d, wide=mlp or 3 * d, **ways),
+        "s4d-mamba": partial(MambaBlock, s4d, **ways),
+        "s6-glu": partial(GLUBlock, s6, **ways),
+        "s6-mlp": partial(MLPBlock, s6, mlp=mlp or 512, **ways),
+        "s6-gated": partial(GatedBlock, s6, wide=mlp or 512, **ways),
+    }
+    return make[name.removeprefix("bi-")]
+
+
+# -----------------------------------------------------------------------------
+# 5. Spatial blocks
+#
+# Space and time are factorised [4]: these blocks look at one frame at a time, the temporal layers at one pixel at a
+# time. In memory the channels lie innermost (channels_last), so that folding frames into the batch, (b f) c h w, or
+# pixels into the batch, (b h w) f c, costs nothing or one copy of contiguous runs.
+
+
+class StepEmbedding(nn.Module):
+    """Sinusoids of the diffusion step.    t (b) integers -> (b, d), sines first, then cosines"""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, t):
+        half = self.d // 2
+        freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+        angle = t[:, None] * freqs  # (b, d/2)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class FrameConv(nn.Conv2d):
+    """A 2D convolution of every frame: a kernel (1, k, k).    x (b, c, f, h, w) -> (b, c', f, h', w')"""
+
+    def forward(self, x):
+        y = super().forward(rearrange(x, "b c f h w -> (b f) c h w"))
+        return rearrange(y, "(b f) c h w -> b c f h w", b=len(x))
+
+
+class FrameUpsample(nn.ConvTranspose2d):
+    """Doubles height and width of every frame.    x (b, c, f, h, w) -> (b, c, f, 2h, 2w)"""
+
+    def __init__(self, c):
+        super().__init__(c, c, kernel_size=4, stride=2, padding=1)
+
+    def forward(self, x):
+        y = super().forward(rearrange(x, "b c f h w -> (b f) c h w"))
+        return rearrange(y, "(b f) c h w -> b c f h w", b=len(x))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a shortcut; the diffusion step scales and shifts.    x (b, c, f, h, w) -> (b, c', f, h, w)
+
+    GroupNorm has 8 groups and takes its statistics over all frames of a clip. emb (b, d_emb). Needs: FrameConv.
+    """
+
+    def __init__(self, c, c_out, d_emb=None):
+        super().__init__()
+        self.to_scale_shift = None if d_emb is None else nn.Linear(d_emb, 2 * c_out)
+        self.conv1, self.norm1 = FrameConv(c, c_out, 3, padding=1), nn.GroupNorm(8, c_out)
+        self.conv2, self.norm2 = FrameConv(c_out, c_out, 3, padding=1), nn.GroupNorm(8, c_out)
+        self.shortcut = nn.Identity() if c == c_out else FrameConv(c, c_out, 1)
+
+    def forward(self, x, emb=None):
+        y = self.norm1(self.conv1(x))
+        if emb is not None:
+            scale, shift = rearrange(self.to_scale_shift(F.silu(emb)), "b (two c) -> two b c 1 1 1", two=2)
+            y = y * (scale + 1) + shift
+        y = F.silu(self.norm2(self.conv2(F.silu(y))))
+        return y + self.shortcut(x)
+
+
+class OverSpace(nn.Module):
+    """x + layer(norm(x)), where the layer mixes the pixels of each frame.    x (b, c, f, h, w) -> (b, c, f, h, w)"""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.norm = layer, nn.LayerNorm(c, bias=False)
+
+    def forward(self, x):
+        b, c, f, h, w = x.shape
+        y = self.layer(self.norm(rearrange(x, "b c f h w -> (b f) (h w) c")))
+        return x + rearrange(y, "(b f) (h w) c -> b c f h w", b=b, h=h)
+
+
+class OverTime(nn.Module):
+    """x + layer(norm(x)), where the layer mixes the frames of each pixel.    x (b, c, f, h, w) -> (b, c, f, h, w)"""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.norm = layer, nn.LayerNorm(c, bias=False)
+
+    def forward(self, x):
+        b, c, f, h, w = x.shape
+        y = self.layer(self.norm(rearrange(x, "b c f h w -> (b h w) f c")))
+        return x + rearrange(y, "(b h w) f c -> b c f h w", b=b, h=h)
+
+
+# -----------------------------------------------------------------------------
+# 6. UNet3D
+#
+# The video U-Net of [4]: from fine to coarse and back, with skips. Each level is two ResNet blocks, linear attention
+# over space and a temporal layer; the middle has full attention over space. The temporal layer is the only part that
+# sees more than one frame at a time (GroupNorm aside), and the only part in which the models of [1] differ.
+
+
+class UNet3D(nn.Module):
+    """Denoising network.    x (b, c, f, h, w), t (b) integers -> (b, c_out, f, h, w)
+
+    dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim, each level halves
+    height and width. heads: of every attention; head_dim: of attention over time (over space it is 32).
+    temporal: a name from TEMPORAL_LAYERS; n, mlp: see `temporal_layer`. channels, out_channels: of the videos.
+    The number of frames is free. Raises ValueError for a height or width that is not a multiple of `self.factor`.
+    Source: [1], [4]. At dim 32, heads 4 it is the 14.1M model of [1].
+    """
+
+    def __init__(self, dim=32, dim_mults=(1, 2, 4, 8), heads=4, head_dim=64, temporal="bi-mamba", n=None, mlp=None,
+                 channels=3, out_channels=None):  # fmt: skip
+        super().__init__()
+        if dim < 8 or dim % 8:
+            raise ValueError(f"dim is {dim}, but must be a positive multiple of 8, the number of groups of the norms")
+        widths = [dim, *(dim * m for m in dim_mults)]
+        levels = list(zip(widths[:-1], widths[1:]))
+        d_emb = 32 * dim  # eight times the width in [4]
+        self.factor = 2 ** (len(levels) - 1)
+        temporal_of = temporal_layer(temporal, heads, head_dim, n, mlp)
+
+        self.init_conv = FrameConv(channels, dim, 7, padding=3)
+        self.init_time = OverTime(dim, temporal_of(dim))
+        self.embed = nn.Sequential(StepEmbedding(dim), nn.Linear(dim, d_emb), nn.GELU(), nn.Linear(d_emb, d_emb))
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i, (c, c_out) in enumerate(levels):
+            self.downs.append(nn.ModuleList([
+                ResBlock(c, c_out, d_emb),
+                ResBlock(c_out, c_out, d_emb),
+                OverSpace(c_out, LinearAttention(c_out, heads, head_dim=32, out_bias=True)),
+                OverTime(c_out, temporal_of(c_out)),
+                FrameConv(c_out, c_out, 4, stride=2, padding=1) if i < len(levels) - 1 else nn.Identity(),
+            ]))  # fmt: skip
+        for i, (c_out, c) in enumerate(reversed(levels)):
+            self.ups.append(nn.ModuleList([
+                ResBlock(2 * c, c_out, d_emb),
+                ResBlock(c_out, c_out, d_emb),
+                OverSpace(c_out, LinearAttention(c_out, heads, head_dim=32, out_bias=True)),
+                OverTime(c_out, temporal_of(c_out)),
+                FrameUpsample(c_out) if i < len(levels) - 1 else nn.Identity(),
+            ]))  # fmt: skip
+        c = widths[-1]
+        self.mid_block1 = ResBlock(c, c, d_emb)
+        self.mid_space = OverSpace(c, Attention(c, heads, head_dim=32))
+        self.mid_time = OverTime(c, temporal_of(c))
+        self.mid_block2 = ResBlock(c, c, d_emb)
+        self.out_block = ResBlock(2 * dim, dim)
+        self.out_conv = FrameConv(dim, out_channels or channels, 1)
+
+    def forward(self, x, t):
+        h, w = x.shape[-2:]
+        if h % self.factor or w % self.factor:
+            raise ValueError(f"frames of {h}x{w} pixels cannot be halved {self.factor} fold: use multiples of it")
+        emb = self.embed(t)  # (b, 32 dim)
+        x = self.init_conv(x.contiguous(memory_format=torch.channels_last_3d))
+        x = self.init_time(x)
+        first, skips = x, []
+
+        for block1, block2, over_space, over_time, halve in self.downs:
+            x = block2(block1(x, emb), emb)
+            x = over_time(over_space(x))
+            skips.append(x)
+            x = halve(x)
+
+        x = self.mid_block1(x, emb)
+        x = self.mid_time(self.mid_space(x))
+        x = self.mid_block2(x, emb)
+
+        for block1, block2, over_space, over_time, double in self.ups:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block2(block1(x, emb), emb)
+            x = over_time(over_space(x))
+            x = double(x)
+
+        return self.out_conv(self.out_block(torch.cat([x, first], dim=1)))
+
+
+# -----------------------------------------------------------------------------
+# 7. GaussianDiffusion
+#
+# Noise is mixed into a video x_0 step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, until nothing of
+# it is left. The network looks at x_t and t and is trained by mean squared error to predict eps [5], or x_0, or
+# v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 [8]; with x_t known, each gives the others. Sampling runs from noise
+# to video: predict x_0, then draw x_s for an earlier step s from q(x_s | x_t, x_0).
+
+
+class GaussianDiffusion(nn.Module):
+    """Training loss and sampler around a network.
+
+    model: any callable (x (b, c, f, h, w), t (b) integers in [0, steps)) -> (b, c, f, h, w).
+    steps: of the cosine schedule [6] with offset 0.008 and beta <= 0.9999. target: "eps", "v" or "x0".
+    Raises ValueError for an unknown target.
+    """
+
+    def __init__(self, model, steps=256, target="eps"):
+        super().__init__()
+        if target not in ("eps", "v", "x0"):
+            raise ValueError(f"unknown target {target!r}: choose eps, v or x0")
+        self.model, self.steps, self.target = model, steps, target
+        angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+        beta = (1 - (angle[1:].cos() / angle[:-1].cos()).square()).clamp(max=0.9999)
+        alpha_bar = torch.cumprod(1 - beta, dim=0)
+        # Both roots from float64: 1 - alpha_bar would lose the first steps, where it is 1e-4, to float32's rounding.
+        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)  # (steps)
+        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
+
+    def rates(self, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply videos.    t (b) -> two of (b, 1, 1, 1, 1)"""
+        return self.signal[t].view(-1, 1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1, 1)
+
+    def loss(self, x0, t=None, eps=None):
+        """Mean squared error of the prediction.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> scalar"""
+        t = torch.randint(self.steps, (len(x0),), device=x0.device) if t is None else t
+        eps = torch.randn_like(x0) if eps is None else eps
+        signal, noise = self.rates(t)
+        target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.target]
+        return F.mse_loss(self.model(signal * x0 + noise * eps, t).float(), target)
+
+    def predict_x0(self, x, t):
+        """The network's guess of the video.    x (b, c, f, h, w), t (b) -> x0, not clipped"""
+        signal, noise = self.rates(t)
+        out = self.model(x, t).float()
+        return {"eps": (x - noise * out) / signal, "x0": out, "v": signal * x - noise * out}[self.target]
+
+    @torch.no_grad()
+    def sample(self, x, steps=None, eta=1.0, progress=iter):
+        """Turn noise into videos.    x (b, c, f, h, w) standard normal -> (b, c, f, h, w) in [-1, 1]
+
+        steps: how many of the schedule's steps are visited, evenly spaced; all by default. eta: 1 draws x_s with the
+        full variance of q(x_s | x_t, x_0), which on all steps is DDPM's ancestral sampling [5]; 0 adds no noise, which
+        is DDIM [7]. progress: wraps the iterable of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps.
+        """
+        steps = self.steps if steps is None else steps
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"cannot sample in {steps} steps: choose 1 to {self.steps}, the steps of the schedule")
+        visited = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+        for t, s in progress(list(zip(visited, visited[1:] + [None]))):
+            x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device)).clamp(-1, 1)
+            if s is None:
+                return x0
+            # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2), eps the noise that x0 implies.
+            eps = (x - self.signal[t] * x0) / self.noise[t]
+            kept = (self.signal[t] / self.signal[s]).square()  # alpha_bar_t / alpha_bar_s
+            sigma = eta * self.noise[s] / self.noise[t] * (1 - kept).sqrt()
+            x = self.signal[s] * x0 + (self.noise[s].square() - sigma.square()).clamp(min=0).sqrt() * eps
+            x = x + sigma * torch.randn_like(x)
+
+
+# -----------------------------------------------------------------------------
+# python vdm_ssm.py
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors alive inside a `with` block on a CPU; `peak` is their maximum."""
+
+    def __enter__(self):
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+        return super().__enter__()
+
+    def free(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+
+def relative_error(value, reference):
+    """Relative L2 distance.    two tensors of one shape -> float"""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def check_scan(l=100, d=32, n=16):
+    """Print how far `selective_scan` in float32 is from the loop in float64, for the output and every gradient."""
+    dt = torch.exp(torch.empty(4, l, d, dtype=torch.float64).uniform_(math.log(1e-4), math.log(10)))
+    A = -torch.arange(1.0, n + 1, dtype=torch.float64).repeat(d, 1)
+    u, B, C, D = (torch.randn(*s, dtype=torch.float64) for s in ((4, l, d), (4, l, n), (4, l, n), (d,)))
+    exact = [x.requires_grad_() for x in (u, dt, A, B, C, D)]
+    fast = [x.detach().float().requires_grad_() for x in exact]
+    y, y_fast = selective_scan_loop(*exact), selective_scan(*fast)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    y_fast.backward(dy.float())
+    errors = {"y": relative_error(y_fast, y)}
+    errors |= {"d" + name: relative_error(f.grad, e.grad) for name, f, e in zip("u dt A B C D".split(), fast, exact)}
+    print(f"selective_scan in float32 against selective_scan_loop in float64, {l} frames, relative L2 error:")
+    print("  " + "   ".join(f"{name} {error:.0e}" for name, error in errors.items()))
+
+
+def check_s4d(l=100, d=32):
+    """Print how far S4D's convolution is from its recurrence."""
+    layer, u = S4D(d), torch.randn(2, l, d)
+    state, ys = layer.initial_state(2), []
+    for u_k in u.unbind(1):
+        y_k, state = layer.step(u_k, state)
+        ys.append(y_k)
+    print(f"S4D as a convolution against S4D step by step: {relative_error(layer(u), torch.stack(ys, 1)):.0e}")
+
+
+def table_of_layers(names=TEMPORAL_LAYERS[:13], frames=(16, 64, 256), pixels=32, d=64):
+    """Print parameters, and time and peak memory of forward + backward, of each temporal layer."""
+    print(f"\nForward + backward of one layer, {pixels} pixels, width {d}, 8 heads, float32, CPU: ms | peak MB")
+    print(f"{'':17s}{'parameters':>11s}" + "".join(f"{f'{f} frames':>18s}" for f in frames))
+    for name in names:
+        layer = temporal_layer(name)(d)
+        row = f"{name:17s}{sum(p.numel() for p in layer.parameters()):11,d}"
+        for f in frames:
+            x = torch.randn(pixels, f, d, requires_grad=True)
+            with PeakMemory() as memory:  # also warms up
+                layer(x).sum().backward()
+            start = time.perf_counter()
+            layer(x).sum().backward()
+            row += f"{1e3 * (time.perf_counter() - start):10.1f} |{memory.peak / 2**20:6.1f}"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    check_scan()
+    check_s4d()
+    table_of_layers()
