@@ -150,7 +150,8 @@ def open_videos(path, scale=None):
         with open(path, "rb") as raw:
             gif = raw.read(4) == b"GIF8"
         count, decode = (gif_count, gif_frames) if gif else (container_count, container_frames)
-        return [Video(name, functools.partial(count, path), functools.partial(decode, path), None)]
+        count = functools.cache(functools.partial(count, path))
+        return [Video(name, count, functools.partial(decode, path), None)]
 
 
 def read_frames(video):
@@ -598,9 +599,371 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
                    bfloat16=False):
     """Features of clips, batch by batch.    iterable of uint8 (t, h, w, 3) -> float64 (n, d)
 
-    Clips may differ in size, not in length. Needs: preprocess, resize_tf1."""
-    features, waiting, last = [], [], object()
-    precise = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=bfloat16)
-    for clip in [*clips, last] if isinstance(clips, (list, np.ndarray, torch.Tensor)) else clips:
-        pass
+    `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes,
+    so memory does not grow with n. Float32 throughout, even within an autocast, unless `bfloat16`.
+    Needs: preprocess, resize_tf1."""
+    clips, features = iter(clips), []
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16)
+    with precision, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
+        while group := [torch.as_tensor(clip) for _, clip in zip(range(batch), clips)]:
+            if any(clip.dtype != torch.uint8 or clip.ndim != 4 for clip in group):
+                raise ValueError("a clip is uint8 (t, h, w, 3) in 0..255")
+            x = [preprocess(clip.to(device), resize, value_range) for clip in group]
+            features.append(net(torch.stack(x)).double().cpu())  # (batch, d)
+    if not features:
+        raise ValueError("there is no clip to take features of")
     return torch.cat(features)
+
+
+def windows(length, frames, clips=1, window="random", rng=None):
+    """First frames of at most `clips` different windows, none if the video is too short.    -> list"""
+    if window == "first":
+        return list(range(0, length - frames + 1, frames))[:clips]
+    starts = max(length - frames + 1, 0)
+    return sorted(rng.choice(starts, min(clips, starts), replace=False).tolist())
+
+
+# -----------------------------------------------------------------------------
+# 5. Distances
+#
+# FVD [1] is the Frechet distance of two Gaussians fitted to the features:
+#
+#     d^2 = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
+#
+# A matrix square root of S1 S2 is fragile, for the product is neither symmetric
+# nor of full rank. With S = A^T A, where A holds the centred features over
+# sqrt(n - 1), the last trace is the nuclear norm (the sum of the singular
+# values) of A1 A2^T: real, exact, and S itself is never formed. If n > d, the
+# triangle of A = QR takes A's place, because R^T R = A^T A too.
+
+def frechet_distance(a, b):
+    """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
+
+    Tensors or arrays; n and m at least 2. The fewer there are, the higher the distance of two
+    samples of one distribution: compare numbers of equal n only."""
+    means, roots = [], []
+    for x in (torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()):
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"a covariance needs features (n >= 2, d), not {tuple(x.shape)}")
+        if not x.isfinite().all():
+            rows = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(f"the features of videos {rows[:10]} are NaN or infinite")
+        means.append(x.mean(0))
+        root = (x - means[-1]) / (len(x) - 1) ** 0.5            # (n, d)
+        roots.append(torch.linalg.qr(root).R if len(x) > x.shape[1] else root)
+    traces = sum(root.square().sum() for root in roots)
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()   # tr((S1 S2)^(1/2))
+    return max(0.0, ((means[0] - means[1]).square().sum() + traces - 2 * cross).item())
+
+
+def kernel_distance(a, b):
+    """Unbiased squared MMD, kernel (x.y / d + 1)^3 [1, 4].    a (n, d), b (m, d) -> float
+
+    KVD, if the features are I3D's. Its mean is 0 for two samples of one distribution, at any n."""
+    a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3       # (n, m)
+    def within(x):  # mean over pairs of different videos
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
+def bootstrap_std(a, b, rounds, seed=0):
+    """Spread of frechet_distance over resamples with replacement.    a (n, d), b (m, d) -> float
+
+    Needs: frechet_distance."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
+    values = [frechet_distance(draw(a), draw(b)) for _ in tqdm(range(rounds), desc="bootstrap")]
+    return torch.tensor(values).std().item()
+
+
+# -----------------------------------------------------------------------------
+# 6. Scoring a set
+#
+# Videos are decoded by two threads ahead of the network (decoders release the
+# GIL), in order, and a bounded number of them waits: memory is constant in the
+# number of videos. Damaged and short videos are set aside with their reasons.
+
+def decode_ahead(jobs, waiting, workers=2):
+    """Results of callables run in threads, in order, at most `waiting` of them ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        queue = deque()
+        for job in jobs:
+            queue.append(pool.submit(job))
+            if len(queue) > waiting:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def cut_clips(video, frames, clips, window, rng):
+    """Decode one video whole, keep its windows.    -> (video, list of (t, h, w, 3), problem)"""
+    try:
+        with naming(video.name):
+            starts = windows(video.count(), frames, clips, window, rng)
+        cut = [[] for _ in starts]
+        for k, frame in enumerate(read_frames(video) if starts else ()):
+            for start, clip in zip(starts, cut):
+                if start <= k < start + frames:
+                    clip.append(frame)
+        return video, [np.stack(clip) for clip in cut], None
+    except UnreadableVideo as error:
+        return video, [], error
+
+
+def measure(root, net, title="videos", frames=16, clips=1, window="random", seed=0, scale=None,
+            batch=8, **options):
+    """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
+
+    `options` are the other arguments of video_features. Raises ValueError; single videos that are
+    damaged or short do not raise, they are listed in the facts."""
+    sources = find_videos(root)
+    facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(),
+             "values": Counter(), "compressed": 0, "too_short": [], "unreadable": []}
+    names, bar = [], tqdm(total=len(sources), desc=title, unit="video")
+
+    def jobs():
+        k = 0
+        for source in sources:
+            try:
+                videos = open_videos(source, scale)
+            except UnreadableVideo as error:
+                yield lambda error=error: (None, [], error)
+                continue
+            bar.total += len(videos) - 1
+            for video in videos:
+                rng, k = np.random.default_rng([seed, k]), k + 1
+                yield functools.partial(cut_clips, video, frames, clips, window, rng)
+
+    def good_clips():
+        for video, cut, problem in decode_ahead(jobs(), waiting=batch):
+            bar.update()
+            if problem:
+                facts["unreadable"].append([problem.name, problem.reason])
+            elif not cut:
+                facts["too_short"].append(video.name)
+            else:
+                facts["videos"] += 1
+                facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
+                facts["resolutions"]["{2}x{1}".format(*cut[0].shape)] += 1
+                facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
+            for clip in cut:
+                names.append(video.name)
+                yield clip
+
+    with bar:
+        try:
+            features = video_features(good_clips(), net, batch=batch, **options)
+        except ValueError as error:
+            if names:
+                raise
+            raise ValueError(nothing_usable(facts, frames)) from error
+    wrong = {name for name, row in zip(names, features) if not row.isfinite().all()}
+    if wrong:
+        raise ValueError(f"the features of {', '.join(sorted(wrong))} are NaN or infinite; "
+                         "are the weights intact?")
+    if sum(values != "uint8" for values in facts["values"]) > 1:
+        raise ValueError(f"{facts['path']}: some of its float arrays look like [0, 1] and some like "
+                         "[-1, 1]; say which it is by --floats")
+    facts["clips"] = len(features)
+    return features, facts
+
+
+def nothing_usable(facts, frames):
+    reasons = [f"{name}: {reason}" for name, reason in facts["unreadable"][:3]]
+    if facts["too_short"]:
+        reasons.append(f"{len(facts['too_short'])} videos are shorter than --frames {frames}")
+    return f"{facts['path']}: no usable video; {'; '.join(reasons)}"
+
+
+def fingerprint(root, settings):
+    """Hash of the settings and of the names and bytes of a set of videos.    -> hex"""
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for source in find_videos(root):
+        files = sorted(source.iterdir()) if source.is_dir() else [source]
+        for file in filter(Path.is_file, files):
+            total.update(f"{printable(os.path.relpath(file, root))} {digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def cached(path, root, settings, compute):
+    """compute(), or what it returned when `path` was written for the same data and settings."""
+    key = fingerprint(root, settings)
+    if os.path.exists(path):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found, facts = str(file["fingerprint"]), json.loads(str(file["facts"]))
+                features = torch.from_numpy(file["features"])
+        except Exception as error:  # whatever a file that is no cache makes numpy raise
+            raise ValueError(f"{path}: this is no cache of features; name another") from error
+        if found != key:
+            raise ValueError(f"{path}: this cache is of other videos, settings or weights; "
+                             "delete it or name another")
+        return features, facts
+    features, facts = compute()
+    part = f"{path}.{os.getpid()}.part"
+    with open(part, "wb") as out:
+        np.savez(out, fingerprint=key, facts=json.dumps(facts), features=features.numpy())
+    os.replace(part, path)
+    return features, facts
+
+
+# -----------------------------------------------------------------------------
+# 7. The command
+
+RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
+
+
+def parse(argv):
+    def at_least(low):
+        def number(text):
+            if not text.lstrip("-").isdecimal() or int(text) < low:
+                raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}")
+            return int(text)
+        return number
+
+    parser = argparse.ArgumentParser(
+        description="Frechet Video Distance of two sets of videos: folders of videos, arrays "
+                    "(n, t, h, w, c) or (n, c, t, h, w), or folders of images.")
+    add = parser.add_argument
+    add("real", help="folder or file of real videos")
+    add("fake", help="folder or file of generated videos")
+    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, "
+        "[-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models (%(default)s)")
+    add("--resize", choices=["half-pixel", "tf1"], help="override the protocol's resize to 224x224")
+    add("--range", choices=RANGES, help="override the protocol's range into I3D: [-1, 1] or [0, 1]")
+    add("--floats", choices=RANGES, help="what float arrays hold: [-1, 1] or [0, 1] (by default: "
+        "[0, 1] if all the file's values are within it, else [-1, 1], else refused)")
+    add("--frames", type=at_least(9), default=16, metavar="T", help="frames of a clip, at least 9, "
+        "for I3D halves time three times and then pools two steps (%(default)s)")
+    add("--clips-per-video", type=at_least(1), default=1, metavar="K", help="(%(default)s)")
+    add("--window", choices=["random", "first"], default="random", help="(%(default)s)")
+    add("--seed", type=at_least(0), default=0, help="of windows and bootstrap (%(default)s)")
+    add("--features", choices=["i3d", "random"], default="i3d", help="random: I3D with random "
+        "weights, for FD-random instead of FVD (%(default)s)")
+    add("--weights", metavar="FILE", help=f"{STATE_DICT} or {TORCHSCRIPT} ({WEIGHTS} if it exists)")
+    add("--allow-unknown-weights", action="store_true", help="take weights of unknown hash; a "
+        "TorchScript file runs its code")
+    add("--download", action="store_true", help=f"fetch {STATE_DICT} to {WEIGHTS} if missing")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--batch", type=at_least(1), default=8, metavar="N", help="clips at a time (%(default)s)")
+    add("--bfloat16", action="store_true", help="run I3D in bfloat16 (float32)")
+    add("--cache", metavar="FILE", help="keep the features of REAL in this .npz")
+    add("--bootstrap", type=at_least(2), metavar="K", help="spread over K resamples")
+    add("--json", metavar="FILE", help="write the result here as well")
+    add("--strict", action="store_true", help="unreadable or short videos are an error")
+    return parser.parse_args(argv)
+
+
+def choose_network(args):
+    """I3D as the arguments want it.    -> module, description, hash, is FVD, warnings"""
+    if args.features == "random":
+        if args.weights or args.download:
+            raise ValueError("--features random uses no weights: leave out --weights and --download")
+        return random_i3d(), "I3D with random weights (seed 0)", "random 0", []
+    path = args.weights or (download_weights() if args.download else WEIGHTS)
+    net = load_i3d(path, args.allow_unknown_weights)
+    known = published(path)
+    return net, f"I3D, {known or path}", digest(path), [] if known else [
+        f"the weights {path} are not a published file: the number may not be FVD"]
+
+
+def compare(real, fake):
+    """Warnings about two sets that are not on equal terms.    facts, facts -> list of str"""
+    warnings = []
+    if real["clips"] != fake["clips"]:
+        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: the bias of "
+                        "a small set does not cancel; compare only numbers of the same two sizes")
+    if list(real["resolutions"]) != list(fake["resolutions"]):
+        warnings.append("unequal resolutions: resizing alone raises the distance")
+    if fake["compressed"]:
+        warnings.append("FAKE is compressed video, which raises the distance; score arrays instead")
+    return warnings
+
+
+def run(args):
+    """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
+    for file in filter(None, (args.json, args.cache)):
+        if not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file}: its folder does not exist; make it first")
+    for root in (args.real, args.fake):
+        find_videos(root)
+    resize, value_range = PROTOCOLS[args.protocol]
+    resize = args.resize or resize
+    value_range = RANGES[args.range] if args.range else value_range
+    named = (resize, value_range) == PROTOCOLS[args.protocol]
+    net, network, weights, warnings = choose_network(args)
+    try:
+        net.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here; try --device cpu") from error
+    settings = {"frames": args.frames, "clips": args.clips_per_video, "window": args.window,
+                "seed": args.seed, "scale": RANGES.get(args.floats), "resize": resize,
+                "value_range": value_range, "bfloat16": args.bfloat16}
+    options = dict(settings, batch=args.batch, device=args.device)
+    compute = functools.partial(measure, args.real, net, title="real", **options)
+    if args.cache:
+        a, real = cached(args.cache, args.real, {**settings, "weights": weights}, compute)
+    else:
+        a, real = compute()
+    b, fake = measure(args.fake, net, title="fake", **options)
+    for facts in (real, fake):
+        report_left_out(facts, args)
+        if facts["clips"] < 2:
+            raise ValueError(f"{facts['path']}: one clip has no covariance; at least 2 are needed")
+    fvd, kvd = ("FVD", "KVD") if args.features == "i3d" else ("FD-random", "KD-random")
+    result = {"metric": fvd, "value": frechet_distance(a, b), "kernel_metric": kvd,
+              "kernel_value": kernel_distance(a, b), "network": network,
+              "protocol": args.protocol if named else "custom", "resize": resize,
+              "range": value_range, "frames": args.frames, "window": args.window,
+              "seed": args.seed, "real": real, "fake": fake,
+              "warnings": warnings + compare(real, fake)}
+    if args.bootstrap:
+        result["bootstrap_std"] = bootstrap_std(a, b, args.bootstrap, args.seed)
+    return result
+
+
+def report_left_out(facts, args):
+    for name, reason in facts["unreadable"]:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if facts["too_short"]:
+        print(f"left out: {len(facts['too_short'])} videos of {facts['path']} shorter than "
+              f"{args.frames} frames, such as {facts['too_short'][0]}", file=sys.stderr)
+    if args.strict and (facts["unreadable"] or facts["too_short"]):
+        raise ValueError(f"{facts['path']}: videos were left out, and --strict forbids it")
+
+
+def show(result):
+    spread = f" +- {result['bootstrap_std']:.4g} (bootstrap)" if "bootstrap_std" in result else ""
+    print(f"{result['metric']} {result['value']:.6g}{spread}")
+    print(f"{result['kernel_metric']} {result['kernel_value']:.6g}")
+    print(f"  protocol  {result['protocol']}: {result['resize']} resize to 224x224, range "
+          f"{list(result['range'])}, {result['window']} windows of {result['frames']} frames, "
+          f"seed {result['seed']}")
+    print(f"  network   {result['network']}")
+    for side in ("real", "fake"):
+        facts = result[side]
+        print(f"  {side}      {facts['videos']} videos, {facts['clips']} clips, "
+              f"{', '.join(facts['resolutions'])}, {', '.join(facts['values'])}: {facts['path']}")
+    print("  bias      small sets score high, even against their own distribution: with unit "
+          "Gaussians\n            121 at N = 64, 9 at N = 1000; compare numbers of equal N only")
+    for warning in result["warnings"]:
+        print(f"  warning   {warning}")
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        result = run(args)
+        show(result)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"fvd.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,808 @@
+"""Train a video diffusion model, and sample from it.
+
+    python train.py                            walks through a maze, on whatever device there is
+    python train.py --data FOLDER              your own videos: mp4, gif, npy, folders of images, ...
+    python train.py --temporal attention       another temporal layer, to compare
+    python train.py --resume runs/maze         go on where a run stopped
+    python train.py sample runs/maze --videos 16 --frames 64
+
+A run writes into its own folder (--out): checkpoint.pt, log.jsonl (one line per step), and samples/ with a GIF and a
+contact sheet (a PNG: one row per video, time from left to right) for every --sample-every steps.
+
+Map
+    1. The maze       endless videos, drawn by numpy
+    2. Folders        videos decoded once into a cache, random windows of them
+    3. Pictures       GIFs, contact sheets, arrays for scoring
+    4. Checkpoints    all of a run's state in one file, replaced in one go
+    5. The loop
+    6. Sampling
+    7. The command line
+
+Differs from the papers: the average of the weights (EMA) warms up, and the defaults are sized for the device at hand.
+The papers' own settings are all options.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fvd import UnreadableVideo, find_videos, open_videos, read_frames
+from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D
+
+
+class BadInput(Exception):
+    """Something the user can mend. The message says what and how; the command prints it and exits with code 2."""
+
+
+# -----------------------------------------------------------------------------
+# 1. The maze: endless first-person videos, each from a seed
+#
+# An agent walks through a random maze on a grid of unit cells and looks along the
+# unit vector g; p is the unit vector to its right. Point (xi, eta) of the image plane,
+# at distance 1, sees the first wall on the ray position + z (g + xi p), and that wall
+#
+#     fills |eta| < WALL / 2z,     z = distance along g, since g and p are perpendicular.
+#
+# (The distance along the ray, longer at the sides, would bend straight walls: fisheye.)
+# Source: ray casting on a grid, known from the game Wolfenstein 3D (1992).
+
+ROOMS = 6  # rooms a side, 2 cells apart: in 1,024 frames (205 cells) the agent meets old places again
+LOOPS = 0.2  # share of the rooms that open a wall beyond the search tree: more than one way round
+SPEED = 0.2  # cells a frame: 10 frames from room to room, one or two turns in 16 frames
+LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head before a bend
+VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
+WALL = 0.75  # height in cells, the eye at its middle; no wall in view is nearer than z = 0.65, so
+#              walls fill at most 0.77 of the picture: the top is sky and the bottom is floor
+RAYS = 2  # rays in a pixel's column, averaged: soft vertical edges
+
+SKY, FLOOR = (135, 190, 250), (88, 80, 84)  # RGB
+WALLS = (  # light and dark tone of each style, far in hue from one another, the sky and the floor
+    ((222, 88, 58), (140, 40, 30)),  # 0: bricks
+    ((250, 212, 90), (200, 136, 30)),  # 1: boards
+    ((84, 190, 96), (22, 108, 64)),  # 2: checks
+)
+
+
+def maze_seed(split, index):
+    """Seed of video `index` of a split: "train" has the even seeds, "test" the odd ones."""
+    return 2 * index + ("train", "test").index(split)
+
+
+def maze_style(seed):
+    """Wall style of a seed's maze, 0, 1 or 2: the video's class, equally frequent in both splits."""
+    return seed // 2 % len(WALLS)
+
+
+def maze_exits(i, j):
+    """Unit steps from room (i, j) towards the rooms beside it, whether open or walled."""
+    steps = (0, 1), (1, 0), (0, -1), (-1, 0)
+    return [(a, b) for a, b in steps if 0 < i + 2 * a < 2 * ROOMS and 0 < j + 2 * b < 2 * ROOMS]
+
+
+def maze_grid(rng):
+    """Random maze without dead ends.    -> (g, g) bool, True in walls, g = 2 ROOMS + 1
+
+    Rooms are the cells with two odd coordinates. Depth-first search joins all of them in a tree;
+    then some walls open at random, and one more in each dead end: no walk has to turn back.
+    """
+    wall = np.ones((2 * ROOMS + 1, 2 * ROOMS + 1), bool)
+    wall[1::2, 1::2] = False
+    path, seen = [(1, 1)], {(1, 1): True}  # a dict, because the order of a set is no promise
+    while path:
+        i, j = path[-1]
+        new = [(a, b) for a, b in maze_exits(i, j) if (i + 2 * a, j + 2 * b) not in seen]
+        if new:
+            a, b = new[rng.integers(len(new))]
+            wall[i + a, j + b] = False
+            path.append((i + 2 * a, j + 2 * b))
+            seen[path[-1]] = True
+        else:
+            path.pop()
+    for i, j in seen:
+        closed = [(a, b) for a, b in maze_exits(i, j) if wall[i + a, j + b]]
+        dead_end = len(maze_exits(i, j)) - len(closed) == 1
+        if closed and (dead_end or rng.random() < LOOPS):
+            a, b = closed[rng.integers(len(closed))]
+            wall[i + a, j + b] = False
+    return wall
+
+
+def maze_spline(points, s):
+    """Uniform quadratic B-spline.    points (m, 2), s (f) in [1, m - 1) -> (f, 2)"""
+    k, q = s.astype(int), (s % 1)[:, None]
+    before, here, after = points[k - 1], points[k], points[k + 1]
+    return here + 0.5 * ((1 - q) ** 2 * (before - here) + q**2 * (after - here))
+
+
+def maze_walk(wall, rng, frames):
+    """Random walk.    wall (g, g) -> position (f, 2) in cells, gaze (f, 2) of length 1
+
+    The path is the B-spline of the visited cells' centres: straight in corridors, a smooth bend in
+    turns, and always half a cell or more from any wall.
+    """
+    s = 1 + 2 * rng.random() + SPEED * np.arange(frames)  # (f) place on the path, in cells
+    i, j = 1 + 2 * rng.integers(ROOMS, size=2)
+    a = b = 0
+    cells = []
+    while len(cells) < s[-1] + LOOK + 2:
+        ways = [(c, d) for c, d in maze_exits(i, j) if not wall[i + c, j + d] and (c, d) != (-a, -b)]
+        a, b = ways[rng.integers(len(ways))]
+        cells += [(i, j), (i + a, j + b)]
+        i, j = i + 2 * a, j + 2 * b
+    position, ahead = (maze_spline(np.array(cells) + 0.5, s + look) for look in (0, LOOK))
+    gaze = ahead - position
+    return position, gaze / np.sqrt((gaze**2).sum(1, keepdims=True))
+
+
+def maze_cast(wall, position, ray, axis):
+    """First wall across an axis.    wall (g, g), position (2, f, 1), ray (2, f, r) -> z, u (f, r)
+
+    The wall is met after z rays, at u along it. A ray enters a cell only where it crosses a grid
+    line: all crossings of the axis are tried at once, and the nearest one into a wall is kept.
+    """
+    p, d = position[axis], ray[axis]
+    ahead = np.arange(len(wall) - 1, dtype=p.dtype)[:, None, None]
+    line = np.floor(p) + (d > 0) + np.sign(d) * ahead  # (g - 1, f, r)
+    z = (line - p) / d
+    across = np.floor(position[1 - axis] + z * ray[1 - axis])
+    # Beyond the border the indices leave the grid, but there the border has stopped the ray before.
+    i, j = (np.clip(c, 0, len(wall) - 1).astype(np.intp) for c in (line - (d < 0), across))
+    z = np.where(wall[i, j] if axis == 0 else wall[j, i], z, np.inf).min(0)
+    return z, position[1 - axis] + z * ray[1 - axis]
+
+
+def maze_stripe(x, width, share=0.5):
+    """Mean over [x - width / 2, x + width / 2] of stripes of period 1: 1 on a share, else 0.
+
+    A pixel's width gives antialiasing, and far stripes fade to their mean. x, width (...) -> (...)
+    """
+    ends = x + width / 2, x - width / 2
+    high, low = (np.floor(end) * share + np.minimum(end % 1, share) for end in ends)  # integrals
+    return (high - low) / width
+
+
+def maze_checks(a, b):
+    """Chequered pattern of two crossing stripes in [0, 1]."""
+    return a * b + (1 - a) * (1 - b)
+
+
+def maze_texture(style, u, v, du, dv):
+    """Tone of a wall, dark 0 to light 1, at u along it and v up it (cells), in pixels of (du, dv)."""
+    v, dv = v / WALL, dv / WALL
+    if style == 0:  # three courses of bricks half a cell long, every other one shifted by half a brick
+        shift = np.floor(3 * v) % 2 / 2
+        return maze_stripe(2 * u + shift, 2 * du, 0.85) * maze_stripe(3 * v, 3 * dv, 0.75)
+    boards = maze_stripe(u, du)
+    return boards + 0 * v if style == 1 else maze_checks(boards, maze_stripe(v, dv))
+
+
+def maze_walls(wall, position, ray, eta, pixel, style):
+    """Walls in view.    position (2, f, 1), ray (2, f, r), eta (h, 1) -> bright, dark, open (f, h, r)
+
+    The shares of its two tones in a pixel, times the light on them, and the share without wall.
+    """
+    (z0, u0), (z1, u1) = maze_cast(wall, position, ray, 0), maze_cast(wall, position, ray, 1)
+    across = z0 < z1  # (f, r), the axis that the wall faces
+    z, u, slant, side = (  # (f, 1, r)
+        np.where(across, a, b)[:, None]
+        for a, b in ((z0, z1), (u0, u1), np.abs(ray), np.float32((0.8, 1)))
+    )
+    tone = maze_texture(style, u, z * eta + WALL / 2, pixel * z / slant, pixel * z)
+    cover = np.clip((WALL / 2 / z - np.abs(eta)) / pixel + 0.5, 0, 1)
+    light = cover * side / (1 + 0.06 * z)  # the side in half shade shows the corners; far is darker
+    return light * tone, light * (1 - tone), 1 - cover
+
+
+def maze_background(position, ray, eta, pixel):
+    """Light on sky and floor.    position (2, f, 1), ray (2, f, s), eta (h, 1) -> (f, h, s)"""
+    below = eta[:, 0] < 0
+    z = WALL / 2 / -eta[below]
+    dz = pixel * z / -eta[below]  # the depth of floor in a pixel, more than its width
+    x, y = (maze_stripe(p[:, None] + z * d[:, None], dz) for p, d in zip(position, ray))
+    light = np.repeat(1 - 0.15 * eta, ray.shape[2], 1)[None].repeat(ray.shape[1], 0)  # deeper above
+    light[:, below] = 0.85 + 0.3 * maze_checks(x, y)  # tiles
+    return light
+
+
+def maze_render(wall, position, gaze, style, size):
+    """Views of a maze.    wall (g, g), position, gaze (f, 2) -> (f, size, size, 3) uint8 RGB"""
+    pixel = 2 * VIEW / size  # on the image plane
+    eta = VIEW - pixel * (np.arange(size, dtype=np.float32)[:, None] + 0.5)  # (h, 1), up
+    xi = pixel / RAYS * (np.arange(RAYS * size, dtype=np.float32) + 0.5) - VIEW  # (r), right
+    position, gaze = np.float32((position.T, gaze.T))[..., None]  # (2, f, 1)
+    ray = gaze + xi * np.stack([gaze[1], -gaze[0]])  # (2, f, r)
+    ray[ray == 0] = 1e-6  # along a grid line, which is then met far away and not at 0 / 0
+    tones = np.stack(maze_walls(wall, position, ray, eta, pixel, style))
+    bright, dark, free = tones.reshape(*tones.shape[:3], size, RAYS).mean(-1)  # (f, h, w)
+    light = free * maze_background(position, ray.reshape(2, -1, size, RAYS).mean(-1), eta, pixel)
+    video = np.empty((*light.shape, 3), np.uint8)
+    for c, (sky, floor, high, low) in enumerate(zip(SKY, FLOOR, *WALLS[style])):
+        back = light * np.where(eta < 0, np.float32(floor), np.float32(sky))
+        video[..., c] = back + bright * high + dark * low + 0.5  # the cast to uint8 rounds down
+    return video
+
+
+def maze_video(seed, frames, size):
+    """Walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8 RGB
+
+    More frames of a seed continue the same walk; time is linear in them and memory is the result's.
+    """
+    rng = np.random.default_rng(seed)
+    wall = maze_grid(rng)
+    position, gaze = maze_walk(wall, rng, frames)
+    video = np.empty((frames, size, size, 3), np.uint8)
+    chunk = max(1, 2**14 // size**2)  # frames at once: arrays of 64 kB stay in the cache
+    for part in (slice(k, k + chunk) for k in range(0, frames, chunk)):
+        video[part] = maze_render(wall, position[part], gaze[part], maze_style(seed), size)
+    return video
+
+
+class MazeVideos(Dataset):
+    """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1]"""
+
+    def __init__(self, split, frames, size, seed=0):
+        self.split, self.frames, self.size, self.first = split, frames, size, seed * 2**32
+
+    def __getitem__(self, i):
+        return to_model_range(maze_video(maze_seed(self.split, self.first + i), self.frames, self.size))
+
+    def __str__(self):
+        return f"endless walks through mazes, drawn as they are needed ({self.split} seeds)"
+
+
+# -----------------------------------------------------------------------------
+# 2. Folders
+#
+# Decoding a video takes far longer than a training step needs a window of it. So every video is decoded once, brought
+# to size (short side to `size`, centre crop) and appended to one flat file of uint8 frames, which is then a memory map:
+# larger sets than memory train. Windows of consecutive frames are drawn at random, every video once per epoch.
+
+
+def to_model_range(video):
+    """uint8 (f, h, w, 3) in 0..255 -> float (3, f, h, w) in [-1, 1]"""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(video)), "f h w c -> c f h w").float() / 127.5 - 1
+
+
+def resize(frames, size):
+    """Short side to `size`, antialiased bilinear, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)"""
+    h, w = frames.shape[1:3]
+    short = min(h, w)
+    if (h, w) != (size, size):
+        x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
+        x = F.interpolate(x, (size * h // short, size * w // short), mode="bilinear", antialias=True)
+        frames = rearrange(x.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
+    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
+    return frames[:, top : top + size, left : left + size]
+
+
+def resized_frames(video, size, batch=64):
+    """Decode a video a few frames at a time.    -> yields uint8 (<= batch, size, size, 3)"""
+    frames = []
+    for frame in read_frames(video):
+        frames.append(frame)
+        if len(frames) == batch:
+            yield resize(np.stack(frames), size)
+            frames = []
+    if frames:
+        yield resize(np.stack(frames), size)
+
+
+def fingerprint(sources, size):
+    """Changes when a file is added, removed, replaced or touched.    -> 12 hex digits"""
+    files = [f for s in sources for f in ([s] if s.is_file() else sorted(s.iterdir()) if s.is_dir() else [])]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return hashlib.sha256(json.dumps([size, [str(s) for s in sources], stats]).encode()).hexdigest()[:12]
+
+
+def build_cache(sources, size, base):
+    """Decode all sources into `base`.u8 and describe them in `base`.json, in this order.    -> the description
+
+    The description is {"videos": [[name, frames], ...], "skipped": [[name, reason], ...]}.
+    """
+    videos, skipped = [], []
+    base.parent.mkdir(parents=True, exist_ok=True)
+    partial_frames = base.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(partial_frames, "wb") as out:
+            for source in tqdm(sources, desc="decoding", unit="file"):
+                try:
+                    opened = open_videos(source)
+                except UnreadableVideo as error:
+                    skipped.append([error.name, error.reason])
+                    continue
+                for video in opened:
+                    start = out.tell()
+                    try:
+                        for frames in resized_frames(video, size):
+                            out.write(frames.tobytes())
+                        videos.append([video.name, (out.tell() - start) // (size * size * 3)])
+                    except UnreadableVideo as error:
+                        skipped.append([error.name, error.reason])
+                        out.seek(start)
+                        out.truncate()
+        os.replace(partial_frames, base.with_suffix(".u8"))
+    finally:
+        partial_frames.unlink(missing_ok=True)
+    description = {"videos": videos, "skipped": skipped}
+    write_whole(base.with_suffix(".json"), lambda path: path.write_text(json.dumps(description)))
+    return description
+
+
+class FolderVideos(Dataset):
+    """Random windows of the videos below a path.    [i] -> (3, frames, size, size) in [-1, 1]
+
+    Window i is the same in every run with the same seed. Raises BadInput if no video is long enough.
+    """
+
+    def __init__(self, path, frames, size, cache, seed):
+        self.path, self.frames, self.size, self.seed = path, frames, size, seed
+        try:
+            sources = find_videos(path)
+        except UnreadableVideo as error:
+            raise BadInput(f"--data {error}") from error
+        self.base = cache / f"{Path(path).stem}-{size}px-{fingerprint(sources, size)}"
+        if self.base.with_suffix(".json").exists():
+            description = json.loads(self.base.with_suffix(".json").read_text())
+        else:
+            description = build_cache(sources, size, self.base)
+        lengths = np.array([f for _, f in description["videos"]], dtype=int)
+        starts = np.cumsum(lengths) - lengths
+        self.skipped = description["skipped"]
+        if len(lengths) == 0:
+            raise BadInput(f"--data {path}: none of its {len(sources)} files is a usable video{self.why_skipped()}")
+        if lengths.max() < frames:
+            raise BadInput(f"--frames {frames} is more than any video of {path} has: the longest has {lengths.max()}")
+        self.too_short = int((lengths < frames).sum())
+        self.videos = np.stack([starts, lengths], axis=1)[lengths >= frames]  # (n, 2)
+        self.pixels = None
+
+    def why_skipped(self, most=10):
+        """One line per file that could not be read."""
+        lines = [f"\n    {name}: {reason}" for name, reason in self.skipped[:most]]
+        more = len(self.skipped) - most
+        return "".join(lines) + (f"\n    and {more} more" if more > 0 else "")
+
+    def __getitem__(self, i):
+        if self.pixels is None:  # opened in the worker that reads
+            flat = np.memmap(self.base.with_suffix(".u8"), dtype=np.uint8, mode="r")
+            self.pixels = flat.reshape(-1, self.size, self.size, 3)
+        epoch, k = divmod(i, len(self.videos))
+        start, length = self.videos[np.random.default_rng([self.seed, epoch]).permutation(len(self.videos))[k]]
+        start += np.random.default_rng([self.seed, epoch, k]).integers(length - self.frames + 1)
+        return to_model_range(self.pixels[start : start + self.frames])
+
+    def __str__(self):
+        total = int(self.videos[:, 1].sum())
+        short = f", {self.too_short} shorter than {self.frames} frames left out" if self.too_short else ""
+        return f"{len(self.videos)} videos, {total:,} frames, of {self.path}{short}, cached in {self.base}.u8"
+
+
+# -----------------------------------------------------------------------------
+# 3. Pictures
+
+
+def to_uint8(videos):
+    """(b, c, f, h, w) in [-1, 1] -> uint8 (b, f, h, w, c) in 0..255"""
+    pixels = ((videos.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return rearrange(pixels, "b c f h w -> b f h w c").cpu().numpy()
+
+
+def enlarge(picture, target):
+    """Repeat pixels until a frame is about `target` wide.    (..., h, w, c) -> (..., s h, s w, c)"""
+    s = max(1, target // picture.shape[-2])
+    return picture.repeat(s, axis=-2).repeat(s, axis=-3)
+
+
+def write_sheet(path, videos, columns=16):
+    """Contact sheet: a row per video, time from left to right.    uint8 (b, f, h, w, 3)"""
+    shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
+    cells = np.pad(enlarge(videos[:, shown], 64), ((0, 0), (0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
+    iio.imwrite(path, rearrange(cells, "b f h w c -> (b h) (f w) c"))
+
+
+def write_gif(path, videos, fps):
+    """All videos side by side.    uint8 (b, f, h, w, 3), fps frames a second"""
+    rows = math.ceil(math.sqrt(len(videos)))
+    blank = np.zeros_like(videos[:1]).repeat(-len(videos) % rows, axis=0)
+    grid = np.concatenate([enlarge(videos, 96), enlarge(blank, 96)])
+    iio.imwrite(path, rearrange(grid, "(r s) f h w c -> f (r h) (s w) c", r=rows), duration=1000 / fps, loop=0)
+
+
+def write_npz(path, videos):
+    with open(path, "wb") as file:  # given a name, NumPy would change it
+        np.savez_compressed(file, videos=videos)
+
+
+# -----------------------------------------------------------------------------
+# 4. Checkpoints
+#
+# A run that stops must go on as if it had not: weights, their average, the optimiser, the step and the state of the
+# random generators are stored together. The file is written under another name and then renamed, which a file system
+# does at once or not at all: a killed run leaves the old checkpoint or the new one, never half of one.
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then rename it to `path`."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """A run's folder or its checkpoint file -> dict on the CPU. Raises BadInput."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("args", "step", "model", "ema", "optimizer", "rng")}
+    except Exception as error:  # zip, pickle and torch share no narrower class
+        raise BadInput(f"{path} is not a checkpoint of train.py, or is damaged ({type(error).__name__})") from error
+
+
+def rng_state(device):
+    """States of the random generators that the loop uses."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# -----------------------------------------------------------------------------
+# 5. The loop
+
+
+def make_model(args):
+    """The network that a run's arguments describe."""
+    return UNet3D(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
+
+
+def make_data(args):
+    if args.data == "maze":
+        return MazeVideos("train", args.frames, args.size, args.seed)
+    return FolderVideos(args.data, args.frames, args.size, Path(args.out).parent / "cache", args.seed)
+
+
+def average_weights(decay):
+    """EMA that is a plain average at first: step k keeps min(decay, (1 + k) / (10 + k)) of the average."""
+
+    def update(averages, weights, k):
+        keep = min(decay, (1 + float(k)) / (10 + float(k)))
+        torch._foreach_lerp_(averages, weights, 1 - keep)
+
+    return update
+
+
+def train(args, checkpoint=None):
+    """Run the training loop, from the start or from a checkpoint."""
+    device = torch.device(args.device)
+    out, step = Path(args.out), checkpoint["step"] if checkpoint else 0
+    torch.manual_seed(args.seed)
+    data = make_data(args)
+    model = make_model(args).to(device)
+    ema = AveragedModel(model, multi_avg_fn=average_weights(args.ema))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    diffusion = GaussianDiffusion(model, steps=args.diffusion_steps, target=args.target).to(device)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_rng_state(checkpoint["rng"], device)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device      {args.device}" + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""))
+    print(f"model       {args.temporal}, {parameters:,} parameters")
+    print(f"data        {data}")
+    if getattr(data, "skipped", None):
+        print(f"skipped     {len(data.skipped)} unreadable:{data.why_skipped()}")
+    print(f"videos      {args.frames} frames of {args.size}x{args.size}, {args.batch} x {args.grad_accum} per step")
+    print(f"writes      {out}/checkpoint.pt, log.jsonl, samples/ every {args.sample_every} steps")
+
+    def save():
+        state = {"args": vars(args), "step": step, "model": model.state_dict(), "ema": ema.state_dict(),
+                 "optimizer": optimizer.state_dict(), "rng": rng_state(device)}  # fmt: skip
+        write_whole(out / "checkpoint.pt", partial(torch.save, state))
+
+    def flush():
+        """Write the losses since the last call; they must be finite."""
+        if not losses:
+            return
+        values = torch.stack(losses).view(-1, args.grad_accum).mean(1).tolist()  # waits for the device
+        losses.clear()
+        if not all(map(math.isfinite, values)):
+            raise BadInput(f"the loss became {values[-1]} at or before step {step}; the last checkpoint is sound: "
+                           "try a lower --lr")  # fmt: skip
+        rate = (step - first) * per_step / (time.time() - start)
+        for k, value in enumerate(values, start=step - len(values) + 1):
+            log.write(json.dumps({"step": k, "loss": value, "videos_per_second": round(rate, 3)}) + "\n")
+        log.flush()
+        bar.set_postfix_str(f"loss {sum(values) / len(values):.4f}, {rate:.1f} videos/s")
+
+    # Ctrl-C ends the run after the current step; a second one at once.
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    # Item i of the run is always the same video, so a resumed run sees what an uninterrupted one would have seen.
+    per_step = args.batch * args.grad_accum
+    workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else min(8, os.cpu_count())
+    batches = iter(DataLoader(
+        data, args.batch, sampler=range(step * per_step, args.steps * per_step), num_workers=workers,
+        pin_memory=device.type == "cuda", generator=torch.Generator(),
+    ))  # fmt: skip
+    log, losses = open_log(out / "log.jsonl", step), []
+    bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
+    first, start = step, time.time()
+
+    while step < args.steps and not stop:
+        for _ in range(args.grad_accum):
+            loss = diffusion.loss(next(batches).to(device, non_blocking=True))
+            (loss / args.grad_accum).backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+        step += 1
+        bar.update()
+        if step == first + 5:
+            bar.write(f"time        about {(args.steps - first) * (time.time() - start) / 300:.1f} minutes, and the samples")
+        if step % 10 == 0:
+            flush()
+        if step % args.sample_every == 0 or step == args.steps:
+            flush()
+            save()
+            sample_during_training(args, ema.module, data, out / "samples" / f"step-{step:06d}", device)
+
+    flush()
+    save()
+    bar.close()
+    if step < args.steps:
+        print(f"stopped after step {step}; go on with: python train.py --resume {out}")
+        return
+    print(f"\nwrote {out}/checkpoint.pt")
+    print(f"      {out}/log.jsonl")
+    print(f"      {out}/samples/step-{step:06d}.gif")
+    print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
+    print(f"more: python train.py sample {out} --videos 16 --frames {2 * args.frames}")
+
+
+def open_log(path, step):
+    """The log without lines after `step`, opened for more."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= step]
+    write_whole(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+    return open(path, "a")
+
+
+# -----------------------------------------------------------------------------
+# 6. Sampling
+
+
+def sample_videos(model, args, count, frames, device, seed, batch, progress=iter):
+    """Videos of a network.    -> uint8 (count, frames, size, size, 3), the same for the same seed"""
+    diffusion = GaussianDiffusion(model, steps=args.diffusion_steps, target=args.target).to(device)
+    videos = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for n in [min(batch, count - i) for i in range(0, count, batch)]:
+            noise = torch.randn(n, 3, frames, args.size, args.size).to(device)
+            videos.append(to_uint8(diffusion.sample(noise, args.sample_steps, args.eta, progress)))
+    return np.concatenate(videos)
+
+
+def sample_during_training(args, model, data, path, device):
+    """Write a GIF of samples, and a sheet of samples below one row of data."""
+    videos = sample_videos(model, args, args.sample_videos, args.frames, device, args.seed, args.batch)
+    real = to_uint8(data[0][None])
+    write_gif(path.with_suffix(".gif"), videos, args.fps)
+    write_sheet(path.with_suffix(".png"), np.concatenate([real, videos]))
+
+
+def sample(args):
+    """Draw videos from a checkpoint, without its data."""
+    checkpoint = load_checkpoint(args.run)
+    run = argparse.Namespace(**checkpoint["args"])
+    for name in ("size", "sample_steps", "eta", "fps"):
+        if getattr(args, name) is not None:
+            setattr(run, name, getattr(args, name))
+    device = torch.device(args.device)
+    model = AveragedModel(make_model(run))
+    model.load_state_dict(checkpoint["ema"])
+    out = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "sampled")
+    frames = args.frames or run.frames
+    print(f"{args.videos} videos of {frames} frames, {run.size}x{run.size}, {run.sample_steps} denoising steps, on {device}")
+    videos = sample_videos(model.module.to(device), run, args.videos, frames, device, args.seed, args.batch, tqdm)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(videos):
+        write_gif(out / f"{i:04d}.gif", video[None], run.fps)
+    write_sheet(out / "sheet.png", videos[:16])
+    write_whole(out / "videos.npz", partial(write_npz, videos=videos))
+    print(f"wrote {out}/videos.npz    (uint8 {videos.shape}: n, frames, height, width, RGB; what fvd.py scores)")
+    print(f"      {out}/sheet.png, and {len(videos)} GIFs")
+
+
+# -----------------------------------------------------------------------------
+# 7. The command line
+
+# What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
+SIZED = {
+    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=8, steps=500, lr=1e-3, ema=0.995,
+                sample_every=500),
+    "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4, ema=0.9995,
+                 sample_every=2000),
+}  # fmt: skip
+
+
+def default_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def add_sampling_arguments(group):
+    group.add_argument("--sample-steps", type=positive, help="denoising steps per sample (default 50)")
+    group.add_argument("--eta", type=float, help="noise added while sampling: 0 is DDIM, 1 DDPM (default 0)")
+    group.add_argument("--fps", type=float, help="frames per second of the GIFs (default 8)")
+
+
+def training_parser():
+    sized = lambda name: f"default {SIZED['cuda'][name]} on a GPU, {SIZED['cpu'][name]} else"
+    parser = argparse.ArgumentParser(
+        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+        epilog="python train.py sample --help    tells how to draw videos from a checkpoint",
+    )  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="maze", help="'maze', or a folder (searched recursively) or file of videos, "
+                      "arrays or image sequences (default maze)")  # fmt: skip
+    data.add_argument("--size", type=positive, help=f"height and width in pixels ({sized('size')})")
+    data.add_argument("--frames", type=positive, help=f"frames per video ({sized('frames')})")
+    data.add_argument("--workers", type=int, help="processes that prepare data (default 0 on a CPU, else up to 8)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--temporal", default="bi-mamba", metavar="NAME",
+                       help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
+    model.add_argument("--dim", type=positive, help=f"width of the first level, a multiple of 8 ({sized('dim')})")
+    model.add_argument("--dim-mults", type=multiples, help=f"width of each level in units of dim ({sized('dim_mults')})")
+    model.add_argument("--heads", type=positive, help=f"attention heads ({sized('heads')})")
+    model.add_argument("--target", default="v", choices=("eps", "v", "x0"), help="what the network predicts (default v)")
+    model.add_argument("--diffusion-steps", type=positive, default=256, help="steps of the cosine schedule (default 256)")
+    loop = parser.add_argument_group("training")
+    loop.add_argument("--steps", type=positive, help=f"optimiser steps in all ({sized('steps')})")
+    loop.add_argument("--batch", type=positive, help=f"videos per backward pass ({sized('batch')})")
+    loop.add_argument("--grad-accum", type=positive, default=1, help="backward passes per step (default 1)")
+    loop.add_argument("--lr", type=float, help=f"Adam's learning rate ({sized('lr')})")
+    loop.add_argument("--ema", type=float, help=f"decay per step of the averaged weights ({sized('ema')})")
+    loop.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
+    loop.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", help="folder of the run (default runs/ and the data's name, numbered if taken)")
+    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
+    run.add_argument("--sample-every", type=positive, help=f"steps between samples and checkpoints ({sized('sample_every')})")
+    run.add_argument("--sample-videos", type=positive, default=8, help="videos drawn each time (default 8)")
+    add_sampling_arguments(run)
+    return parser
+
+
+def sampling_parser():
+    parser = argparse.ArgumentParser(prog="train.py sample", description="Draw videos from a checkpoint, without its data.")
+    parser.add_argument("run", help="folder of a run, or its checkpoint.pt")
+    parser.add_argument("--videos", type=positive, default=8, help="how many (default 8)")
+    parser.add_argument("--frames", type=positive, help="frames per video, any number (default: as trained)")
+    parser.add_argument("--size", type=positive, help="height and width in pixels (default: as trained)")
+    parser.add_argument("--batch", type=positive, default=8, help="videos drawn at a time (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--out", help="folder to write to (default RUN/sampled)")
+    add_sampling_arguments(parser)
+    return parser
+
+
+def multiples(text):
+    return [positive(part) for part in text.split(",")]
+
+
+def complete(args):
+    """Fill in what depends on the device, and give the run a folder."""
+    args.device = args.device or default_device()
+    sized = SIZED["cuda" if args.device.startswith("cuda") else "cpu"]
+    for name, value in {**sized, "sample_steps": 50, "eta": 0.0, "fps": 8.0}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.data != "maze":
+        args.data = str(Path(args.data).resolve())
+    if args.out is None:
+        base = Path("runs") / Path(args.data).stem
+        numbered = [base] + [base.with_name(f"{base.name}-{i}") for i in range(2, 1000)]
+        args.out = str(next(path for path in numbered if not path.exists()))
+    elif (Path(args.out) / "checkpoint.pt").exists():
+        raise BadInput(f"--out {args.out} holds a run already: go on with --resume {args.out}, or choose another folder")
+    return args
+
+
+# What a resumed run may change; anything else would make it another run.
+FREE = {"steps", "workers", "device", "out", "resume", "sample_every", "sample_videos", "sample_steps", "eta", "fps"}
+
+
+def resumed(parser, argv):
+    """Arguments and checkpoint of the run that --resume names, with what else the command line says."""
+    run = Path(parser.parse_args(argv).resume)
+    checkpoint = load_checkpoint(run)
+    saved = checkpoint["args"] | {"device": None}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.out = str(run if run.is_dir() else run.parent)
+    args.device = args.device or default_device()
+    args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
+    changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
+        raise BadInput(f"--resume cannot change {flags}: leave it out, or start a new run with --out")
+    return args, checkpoint
+
+
+def check(args):
+    """Raise BadInput for what would otherwise fail later, before anything is written."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if not 1 <= args.sample_steps <= args.diffusion_steps:
+        raise BadInput(f"--sample-steps {args.sample_steps} must be 1 to --diffusion-steps, {args.diffusion_steps}")
+    try:
+        with torch.device("meta"):
+            factor = make_model(args).factor
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if args.size % factor:
+        mults = ",".join(map(str, args.dim_mults))
+        raise BadInput(f"--size {args.size} must be a multiple of {factor}, because --dim-mults {mults} halves it to 1/{factor}")
+
+
+def main(argv):
+    if argv[:1] == ["sample"]:
+        return sample(sampling_parser().parse_args(argv[1:]))
+    parser = training_parser()
+    if parser.parse_args(argv).resume:
+        args, checkpoint = resumed(parser, argv)
+    else:
+        args, checkpoint = complete(parser.parse_args(argv)), None
+    check(args)
+    train(args, checkpoint)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
