@@ -296,7 +296,8 @@ def load_array(path):
         head = raw.read(6)
     zipped = head.startswith(b"PK")
     if path.suffix.lower() == ".pt":
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipped and path.name.isprintable())  # torch maps no odd names
     elif zipped or head == b"\x93NUMPY":
         content = np.load(path, mmap_mode="r", allow_pickle=False)
     else:

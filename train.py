@@ -62,9 +62,9 @@ class BadInput(Exception):
 # (The distance along the ray, longer at the sides, would bend straight walls: fisheye.)
 # Source: ray casting on a grid, known from the game Wolfenstein 3D (1992).
 
-ROOMS = 6  # rooms a side, 2 cells apart: in 1,024 frames (205 cells) the agent meets old places again
+ROOMS = 6  # rooms a side, 2 cells apart: 1,024 frames (205 cells) come back to places seen before
 LOOPS = 0.2  # share of the rooms that open a wall beyond the search tree: more than one way round
-SPEED = 0.2  # cells a frame: 10 frames from room to room, one or two turns in 16 frames
+SPEED = 0.2  # cells a frame, 10 frames from room to room: three clips of 16 frames in four take a turn
 LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head before a bend
 VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
 WALL = 0.75  # height in cells, the eye at its middle; no wall in view is nearer than z = 0.65, so
@@ -85,7 +85,7 @@ def maze_seed(split, index):
 
 
 def maze_style(seed):
-    """Wall style of a seed's maze, 0, 1 or 2: the video's class, equally frequent in both splits."""
+    """Wall style of a seed's maze, 0, 1 or 2: the video's class, as frequent in both splits."""
     return seed // 2 % len(WALLS)
 
 
@@ -138,10 +138,9 @@ def maze_walk(wall, rng, frames):
     """
     s = 1 + 2 * rng.random() + SPEED * np.arange(frames)  # (f) place on the path, in cells
     i, j = 1 + 2 * rng.integers(ROOMS, size=2)
-    a = b = 0
-    cells = []
+    a, b, cells = 0, 0, []
     while len(cells) < s[-1] + LOOK + 2:
-        ways = [(c, d) for c, d in maze_exits(i, j) if not wall[i + c, j + d] and (c, d) != (-a, -b)]
+        ways = [w for w in maze_exits(i, j) if not wall[i + w[0], j + w[1]] and w != (-a, -b)]
         a, b = ways[rng.integers(len(ways))]
         cells += [(i, j), (i + a, j + b)]
         i, j = i + 2 * a, j + 2 * b
@@ -183,9 +182,9 @@ def maze_checks(a, b):
 
 
 def maze_texture(style, u, v, du, dv):
-    """Tone of a wall, dark 0 to light 1, at u along it and v up it (cells), in pixels of (du, dv)."""
+    """Tone of a wall, 0 dark to 1 light, at u along and v up it in pixels (du, dv), in cells."""
     v, dv = v / WALL, dv / WALL
-    if style == 0:  # three courses of bricks half a cell long, every other one shifted by half a brick
+    if style == 0:  # three courses of bricks, half a cell long, each half a brick ahead
         shift = np.floor(3 * v) % 2 / 2
         return maze_stripe(2 * u + shift, 2 * du, 0.85) * maze_stripe(3 * v, 3 * dv, 0.75)
     boards = maze_stripe(u, du)
@@ -193,16 +192,15 @@ def maze_texture(style, u, v, du, dv):
 
 
 def maze_walls(wall, position, ray, eta, pixel, style):
-    """Walls in view.    position (2, f, 1), ray (2, f, r), eta (h, 1) -> bright, dark, open (f, h, r)
+    """Walls in view.    position (2, f, 1), ray (2, f, r), eta (h, 1) -> 3 times (f, h, r)
 
-    The shares of its two tones in a pixel, times the light on them, and the share without wall.
+    Shares of a ray's pixel: the light and the dark tone, times the light on them, and no wall.
     """
     (z0, u0), (z1, u1) = maze_cast(wall, position, ray, 0), maze_cast(wall, position, ray, 1)
     across = z0 < z1  # (f, r), the axis that the wall faces
-    z, u, slant, side = (  # (f, 1, r)
-        np.where(across, a, b)[:, None]
-        for a, b in ((z0, z1), (u0, u1), np.abs(ray), np.float32((0.8, 1)))
-    )
+    pairs = (z0, z1), (u0, u1), np.abs(ray), np.float32((0.8, 1))
+    z, u, slant, side = (np.where(across, a, b)[:, None] for a, b in pairs)  # (f, 1, r)
+    # One pixel to the right, u grows by pixel z / slant: the wall's foreshortening.
     tone = maze_texture(style, u, z * eta + WALL / 2, pixel * z / slant, pixel * z)
     cover = np.clip((WALL / 2 / z - np.abs(eta)) / pixel + 0.5, 0, 1)
     light = cover * side / (1 + 0.06 * z)  # the side in half shade shows the corners; far is darker
@@ -215,8 +213,9 @@ def maze_background(position, ray, eta, pixel):
     z = WALL / 2 / -eta[below]
     dz = pixel * z / -eta[below]  # the depth of floor in a pixel, more than its width
     x, y = (maze_stripe(p[:, None] + z * d[:, None], dz) for p, d in zip(position, ray))
-    light = np.repeat(1 - 0.15 * eta, ray.shape[2], 1)[None].repeat(ray.shape[1], 0)  # deeper above
-    light[:, below] = 0.85 + 0.3 * maze_checks(x, y)  # tiles
+    # The sky is deeper above, the floor has tiles.
+    light = np.broadcast_to(1 - 0.15 * eta, (ray.shape[1], len(eta), ray.shape[2])).copy()
+    light[:, below] = 0.85 + 0.3 * maze_checks(x, y)
     return light
 
 

@@ -177,8 +177,8 @@ class SelectiveScan(torch.autograd.Function):
                 g[-1] += carry
                 for k in reversed(range(1, len(u_))):
                     g[k - 1].addcmul_(a[k], g[k])
-                dC[r, s] = (h[1:] @ dy_[..., None]).squeeze(3).transpose(0, 1)
-                dB[r, s] = (g @ (dt_ * u_)[..., None]).squeeze(3).transpose(0, 1)
+                dC[r, s] = (dy_[:, :, None] @ h[1:].mT).squeeze(2).transpose(0, 1)
+                dB[r, s] = ((dt_ * u_)[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
                 dinput = (B_[:, :, None] @ g).squeeze(2)  # of dt*u, (k, b, d)
                 du[r, s] = (dinput * dt_ + D * dy_).transpose(0, 1)
                 dD += (dy_ * u_).sum((0, 1))
