@@ -30,6 +30,7 @@ d features (400).
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ import urllib.request
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -143,15 +145,15 @@ def open_videos(path, scale=None):
     with naming(name):
         if path.is_dir():
             images = frame_paths(path)
-            return [Video(name, images.__len__, functools.partial(map, read_image, images), None)]
+            return [Video(name, images.__len__, partial(map, read_image, images), None)]
         require_file(path)
         if path.suffix.lower() in ARRAY_SUFFIXES:
             return array_videos(path, name, scale)
-        with open(path, "rb") as raw:
-            gif = raw.read(4) == b"GIF8"
-        count, decode = (gif_count, gif_frames) if gif else (container_count, container_frames)
-        count = functools.cache(functools.partial(count, path))
-        return [Video(name, count, functools.partial(decode, path), None)]
+        if head(path, 4) == b"GIF8":
+            count, decode = gif_count, partial(stored_frames, path, "pillow", mode="RGB")
+        else:  # one thread each: it is the videos that are decoded in parallel
+            count, decode = container_count, partial(stored_frames, path, "pyav", thread_count=1)
+        return [Video(name, functools.cache(partial(count, path)), decode, None)]
 
 
 def read_frames(video):
@@ -167,7 +169,12 @@ def read_frames(video):
             given, shape = given + 1, frame.shape
             yield frame
         if given != declared or given == 0:
-            raise ValueError(f"only {given} of its {declared} frames can be decoded; it is damaged")
+            raise ValueError(f"{given} frames come out of the {declared} it declares; it is damaged")
+
+
+def head(path, size):
+    with open(path, "rb") as raw:
+        return raw.read(size)
 
 
 def require_file(path):
@@ -196,14 +203,16 @@ def rgb8(frame, scale=None):
 
 @contextlib.contextmanager
 def decoder(path, plugin):
-    # imageio gets a file, not a path: a path may look like an address or a zip to it.
+    if not gc.get_freeze_count():
+        gc.freeze()  # imageio collects garbage at each close: 0.1 s, were torch's modules not left out
+    # A file, not a path: imageio takes some paths for addresses or for zips.
     with open(path, "rb") as raw, iio.imopen(raw, "r", plugin=plugin) as file:
         yield file
 
 
-def container_frames(path):
-    with decoder(path, "pyav") as file:
-        yield from file.iter(format="rgb24", thread_count=1)  # the parallelism is over videos
+def stored_frames(path, plugin, **options):
+    with decoder(path, plugin) as file:
+        yield from file.iter(**options)
 
 
 def container_count(path):
@@ -211,25 +220,25 @@ def container_count(path):
 
     mp4 and mov keep an exact table. The others do not (avi also counts frames it dropped): there
     the frames are counted, and the last must end where the container says that the video ends."""
-    with open(path, "rb") as raw:
-        avi = raw.read(4) == b"RIFF"
     try:
         with decoder(path, "pyav") as file:
-            declared, about = file.properties().n_images, file.metadata()
-            return declared if declared and not avi else count_to_the_end(file, declared, about)
+            declared, exact = file.properties().n_images, head(path, 4) != b"RIFF"
+            return declared if declared and exact else count_to_the_end(file, declared)
     except OSError as error:
         silent = isinstance(error.__cause__, IndexError)
         raise ValueError("no video stream in it, only audio or data" if silent else
                          "no decoder knows it; it is truncated, or not a video") from error
 
 
-def count_to_the_end(file, declared, about):
-    times = []
+def count_to_the_end(file, declared):
+    about, times = file.metadata(), []
     with contextlib.suppress(StopIteration):
         while True:  # metadata() decodes the next frame, and leaves out the conversion to RGB
             times.append(file.metadata(index=len(times), constant_framerate=False)["time"])
-    ends = [about.get("duration", 0), declared / about["fps"]]
-    ends += [seconds(value) for key, value in about.items() if key.startswith("DURATION")]
+    ends = [about.get("duration", 0), declared / about["fps"]]  # seconds
+    for clock in (value for key, value in about.items() if key.startswith("DURATION")):
+        hours, minutes, seconds = clock.split(":")
+        ends.append(3600 * int(hours) + 60 * int(minutes) + float(seconds))
     if max(ends) == 0:
         raise ValueError("it declares neither frames nor duration, so a lost end would go unseen; "
                          "rewrite it with: ffmpeg -i IN -c copy OUT.mp4")
@@ -238,17 +247,6 @@ def count_to_the_end(file, declared, about):
         raise ValueError(f"it ends after {len(times)} frames, before the {max(ends):.2f} seconds "
                          "that it declares; it is truncated or damaged")
     return len(times)
-
-
-def seconds(clock):
-    """Matroska's "00:01:02.5" -> 62.5"""
-    hours, minutes, rest = clock.split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + float(rest)
-
-
-def gif_frames(path):
-    with decoder(path, "pillow") as file:
-        yield from file.iter(mode="RGB")
 
 
 def gif_count(path):
@@ -270,43 +268,41 @@ def frame_paths(folder):
     """Images of a folder in natural order; numbers in their names must have one step."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
-    numbers = [int(digits[-1]) for path in paths if (digits := re.findall("[0-9]+", path.stem))]
-    steps = np.diff(numbers)
-    if len(numbers) == len(paths) > 1 and (steps.min() != steps.max() or steps[0] < 1):
-        usual = Counter(steps[steps > 0].tolist()).most_common(1)
-        gap = np.flatnonzero(steps != (usual[0][0] if usual else 1))[0]
-        raise ValueError(f"frames are missing or mixed: {printable(paths[gap + 1].name)} "
-                         f"follows {printable(paths[gap].name)}")
+    steps = np.diff([int(k[-1]) for path in paths if (k := re.findall("[0-9]+", path.stem))])
+    if len(steps) == len(paths) - 1 > 0:
+        for step, before, after in zip(steps, paths, paths[1:]):
+            if step != max(steps.min(), 1):
+                raise ValueError(f"frames are missing or mixed: {printable(after.name)} follows "
+                                 f"{printable(before.name)}")
     return paths
 
 
 def array_videos(path, name, scale):
     array = channels_last(load_array(path))
+    if array.size == 0:
+        raise ValueError(f"an empty array of shape {array.shape}")
     if array.dtype.kind != "f" and array.dtype != np.uint8:
         raise ValueError(f"an array of {array.dtype}; save uint8 in 0..255, or float")
-    if array.dtype.kind == "f":
-        scale = scale or float_scale(array)
+    scale = (scale or float_scale(array)) if array.dtype.kind == "f" else None
     names = [name] if len(array) == 1 else [f"{name}[{i}]" for i in range(len(array))]
     return [Video(name, clip.__len__, clip.__iter__, scale) for name, clip in zip(names, array)]
 
 
 def load_array(path):
     """The one array of videos in an .npy, .npz or .pt file; .npy and .pt are memory-mapped."""
-    with open(path, "rb") as raw:
-        head = raw.read(6)
-    zipped = head.startswith(b"PK")
+    zipped = head(path, 2) == b"PK"
     if path.suffix.lower() == ".pt":
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipped and path.name.isprintable())  # torch maps no odd names
-    elif zipped or head == b"\x93NUMPY":
+    elif zipped or head(path, 6) == b"\x93NUMPY":
         content = np.load(path, mmap_mode="r", allow_pickle=False)
     else:
         raise ValueError("this is no NumPy file")
-    arrays = dict(content) if hasattr(content, "keys") else {"it": content}
-    arrays = {key: array for key, array in arrays.items() if getattr(array, "ndim", 0) >= 3}
+    arrays = dict(content).values() if hasattr(content, "keys") else [content]
+    arrays = [array for array in arrays if getattr(array, "ndim", 0) >= 3]
     if len(arrays) != 1:
         raise ValueError(f"it holds {len(arrays)} arrays that could be videos; keep exactly one")
-    array, = arrays.values()
+    array = arrays[0]
     if isinstance(array, torch.Tensor):
         array = (array.float() if array.dtype == torch.bfloat16 else array).detach().numpy()
     return array
@@ -332,9 +328,9 @@ def float_scale(videos):
 
     All within [0, 1]: that is the scale. Else all within [-1, 1]: that one. Anything else is
     refused. Rounding may step over the ends by 0.001, and is clipped."""
-    finite = (video[np.isfinite(video)] for video in videos)
-    ends = [(video.min(), video.max()) for video in finite if video.size]
-    low, high = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
+    finite = (video[np.isfinite(video)] for video in videos)  # read_frames names those with NaN
+    ends = [end for video in finite if video.size for end in (video.min(), video.max())]
+    low, high = min(ends, default=0), max(ends, default=0)
     if low < -1.001 or high > 1.001:
         raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; "
                          "save 0..255 as uint8")
@@ -572,8 +568,8 @@ def resize_tf1(x, size=224):
     """TensorFlow 1's bilinear resize, without half-pixel centres.    x (..., h, w) -> (..., s, s)"""
     for axis in (-1, -2):
         length = x.shape[axis]
-        # In float32 as in TensorFlow: at 255 grey levels its rounding is visible.
-        source = torch.arange(size, device=x.device).float() * (torch.tensor(float(length)) / size).item()
+        scale = torch.tensor(length / size, dtype=torch.float32)  # TensorFlow rounds here, visibly
+        source = torch.arange(size, dtype=torch.float32).mul(scale).to(x.device)
         low = source.floor().long()
         high = (low + 1).clamp(max=length - 1)
         weight = (source - low).unflatten(0, (size, 1) if axis == -2 else (size,))
@@ -592,7 +588,7 @@ def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
     else:
         x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
     low, high = value_range
-    return (x / 255 * (high - low) + low).transpose(0, 1)       # (3, t, 224, 224)
+    return (x * ((high - low) / 255) + low).transpose(0, 1)     # (3, t, 224, 224)
 
 
 @torch.no_grad()
@@ -611,9 +607,7 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
                 raise ValueError("a clip is uint8 (t, h, w, 3) in 0..255")
             x = [preprocess(clip.to(device), resize, value_range) for clip in group]
             features.append(net(torch.stack(x)).double().cpu())  # (batch, d)
-    if not features:
-        raise ValueError("there is no clip to take features of")
-    return torch.cat(features)
+    return torch.cat(features) if features else torch.empty(0, 400, dtype=torch.float64)
 
 
 def windows(length, frames, clips=1, window="random", rng=None):
@@ -713,33 +707,33 @@ def cut_clips(video, frames, clips, window, rng):
         return video, [], error
 
 
-def measure(root, net, title="videos", frames=16, clips=1, window="random", seed=0, scale=None,
-            batch=8, **options):
+def clip_jobs(root, seed, scale, progress, **cutting):
+    """cut_clips as a callable for each video below `root`; opening happens on the way."""
+    index = 0
+    for source in find_videos(root):
+        try:
+            videos = open_videos(source, scale)
+        except UnreadableVideo as error:
+            yield lambda error=error: (None, [], error)
+            continue
+        progress.total += len(videos) - 1
+        for video in videos:
+            rng, index = np.random.default_rng([seed, index]), index + 1
+            yield partial(cut_clips, video, rng=rng, **cutting)
+
+
+def measure(root, net, frames=16, clips=1, window="random", seed=0, scale=None, batch=8, **options):
     """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
 
     `options` are the other arguments of video_features. Raises ValueError; single videos that are
     damaged or short do not raise, they are listed in the facts."""
-    sources = find_videos(root)
     facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(),
              "values": Counter(), "compressed": 0, "too_short": [], "unreadable": []}
-    names, bar = [], tqdm(total=len(sources), desc=title, unit="video")
+    names = []
 
-    def jobs():
-        k = 0
-        for source in sources:
-            try:
-                videos = open_videos(source, scale)
-            except UnreadableVideo as error:
-                yield lambda error=error: (None, [], error)
-                continue
-            bar.total += len(videos) - 1
-            for video in videos:
-                rng, k = np.random.default_rng([seed, k]), k + 1
-                yield functools.partial(cut_clips, video, frames, clips, window, rng)
-
-    def good_clips():
-        for video, cut, problem in decode_ahead(jobs(), waiting=batch):
-            bar.update()
+    def usable_clips(jobs, progress):
+        for video, cut, problem in decode_ahead(jobs, waiting=batch):
+            progress.update()
             if problem:
                 facts["unreadable"].append([problem.name, problem.reason])
             elif not cut:
@@ -753,29 +747,18 @@ def measure(root, net, title="videos", frames=16, clips=1, window="random", seed
                 names.append(video.name)
                 yield clip
 
-    with bar:
-        try:
-            features = video_features(good_clips(), net, batch=batch, **options)
-        except ValueError as error:
-            if names:
-                raise
-            raise ValueError(nothing_usable(facts, frames)) from error
+    with tqdm(total=len(find_videos(root)), desc=facts["path"][-30:], unit="video") as progress:
+        jobs = clip_jobs(root, seed, scale, progress, frames=frames, clips=clips, window=window)
+        features = video_features(usable_clips(jobs, progress), net, batch=batch, **options)
+    facts["clips"] = len(features)
     wrong = {name for name, row in zip(names, features) if not row.isfinite().all()}
     if wrong:
-        raise ValueError(f"the features of {', '.join(sorted(wrong))} are NaN or infinite; "
+        raise ValueError(f"the features of {', '.join(sorted(wrong)[:5])} are NaN or infinite; "
                          "are the weights intact?")
     if sum(values != "uint8" for values in facts["values"]) > 1:
         raise ValueError(f"{facts['path']}: some of its float arrays look like [0, 1] and some like "
                          "[-1, 1]; say which it is by --floats")
-    facts["clips"] = len(features)
     return features, facts
-
-
-def nothing_usable(facts, frames):
-    reasons = [f"{name}: {reason}" for name, reason in facts["unreadable"][:3]]
-    if facts["too_short"]:
-        reasons.append(f"{len(facts['too_short'])} videos are shorter than --frames {frames}")
-    return f"{facts['path']}: no usable video; {'; '.join(reasons)}"
 
 
 def fingerprint(root, settings):
@@ -858,7 +841,7 @@ def parse(argv):
 
 
 def choose_network(args):
-    """I3D as the arguments want it.    -> module, description, hash, is FVD, warnings"""
+    """I3D as the arguments want it.    -> module, its description, its hash, warnings"""
     if args.features == "random":
         if args.weights or args.download:
             raise ValueError("--features random uses no weights: leave out --weights and --download")
@@ -876,7 +859,7 @@ def compare(real, fake):
     if real["clips"] != fake["clips"]:
         warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: the bias of "
                         "a small set does not cancel; compare only numbers of the same two sizes")
-    if list(real["resolutions"]) != list(fake["resolutions"]):
+    if set(real["resolutions"]) != set(fake["resolutions"]):
         warnings.append("unequal resolutions: resizing alone raises the distance")
     if fake["compressed"]:
         warnings.append("FAKE is compressed video, which raises the distance; score arrays instead")
@@ -885,9 +868,11 @@ def compare(real, fake):
 
 def run(args):
     """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
-    for file in filter(None, (args.json, args.cache)):
-        if not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: its folder does not exist; make it first")
+    for file in map(Path, filter(None, (args.json, args.cache))):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
+    if args.cache and Path(args.real).resolve() in Path(args.cache).resolve().parents:
+        raise ValueError(f"--cache {args.cache} lies in REAL and would be taken for a video; put it elsewhere")
     for root in (args.real, args.fake):
         find_videos(root)
     resize, value_range = PROTOCOLS[args.protocol]
@@ -896,6 +881,7 @@ def run(args):
     named = (resize, value_range) == PROTOCOLS[args.protocol]
     net, network, weights, warnings = choose_network(args)
     try:
+        torch.zeros(1, device=args.device)
         net.to(args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} cannot be used here; try --device cpu") from error
@@ -903,16 +889,12 @@ def run(args):
                 "seed": args.seed, "scale": RANGES.get(args.floats), "resize": resize,
                 "value_range": value_range, "bfloat16": args.bfloat16}
     options = dict(settings, batch=args.batch, device=args.device)
-    compute = functools.partial(measure, args.real, net, title="real", **options)
-    if args.cache:
-        a, real = cached(args.cache, args.real, {**settings, "weights": weights}, compute)
-    else:
-        a, real = compute()
-    b, fake = measure(args.fake, net, title="fake", **options)
-    for facts in (real, fake):
-        report_left_out(facts, args)
-        if facts["clips"] < 2:
-            raise ValueError(f"{facts['path']}: one clip has no covariance; at least 2 are needed")
+    compute = partial(measure, args.real, net, **options)
+    stamp = {**settings, "weights": weights}
+    a, real = cached(args.cache, args.real, stamp, compute) if args.cache else compute()
+    report_left_out(real, args)
+    b, fake = measure(args.fake, net, **options)
+    report_left_out(fake, args)
     fvd, kvd = ("FVD", "KVD") if args.features == "i3d" else ("FD-random", "KD-random")
     result = {"metric": fvd, "value": frechet_distance(a, b), "kernel_metric": kvd,
               "kernel_value": kernel_distance(a, b), "network": network,
@@ -926,13 +908,17 @@ def run(args):
 
 
 def report_left_out(facts, args):
+    short = facts["too_short"]
     for name, reason in facts["unreadable"]:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    if facts["too_short"]:
-        print(f"left out: {len(facts['too_short'])} videos of {facts['path']} shorter than "
-              f"{args.frames} frames, such as {facts['too_short'][0]}", file=sys.stderr)
-    if args.strict and (facts["unreadable"] or facts["too_short"]):
+    if short:
+        print(f"left out: {len(short)} videos shorter than --frames {args.frames}, such as {short[0]}",
+              file=sys.stderr)
+    if args.strict and (short or facts["unreadable"]):
         raise ValueError(f"{facts['path']}: videos were left out, and --strict forbids it")
+    if facts["clips"] < 2:
+        raise ValueError(f"{facts['path']}: {facts['clips']} usable clips; a covariance needs at least 2 "
+                         f"(left out: {len(facts['unreadable'])} unreadable, {len(short)} short)")
 
 
 def show(result):
@@ -947,8 +933,8 @@ def show(result):
         facts = result[side]
         print(f"  {side}      {facts['videos']} videos, {facts['clips']} clips, "
               f"{', '.join(facts['resolutions'])}, {', '.join(facts['values'])}: {facts['path']}")
-    print("  bias      small sets score high, even against their own distribution: with unit "
-          "Gaussians\n            121 at N = 64, 9 at N = 1000; compare numbers of equal N only")
+    print("  bias      small sets score high: two samples of one unit Gaussian in 400 dimensions are\n"
+          "            552 apart at N = 64, 81 at N = 1000; compare numbers of equal N only")
     for warning in result["warnings"]:
         print(f"  warning   {warning}")
 
@@ -962,6 +948,9 @@ def main(argv=None):
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"fvd.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # torch's: out of memory, or unknown weights of another kind
+        print(f"fvd.py: {str(error).splitlines()[0]} (if it is memory, lower --batch)", file=sys.stderr)
         return 2
     return 0
 

@@ -275,7 +275,7 @@ class MazeVideos(Dataset):
 
 def to_model_range(video):
     """uint8 (f, h, w, 3) in 0..255 -> float (3, f, h, w) in [-1, 1]"""
-    return rearrange(torch.from_numpy(np.ascontiguousarray(video)), "f h w c -> c f h w").float() / 127.5 - 1
+    return rearrange(torch.from_numpy(np.array(video)), "f h w c -> c f h w").float() / 127.5 - 1
 
 
 def resize(frames, size):
@@ -389,7 +389,8 @@ class FolderVideos(Dataset):
     def __str__(self):
         total = int(self.videos[:, 1].sum())
         short = f", {self.too_short} shorter than {self.frames} frames left out" if self.too_short else ""
-        return f"{len(self.videos)} videos, {total:,} frames, of {self.path}{short}, cached in {self.base}.u8"
+        skipped = f", {len(self.skipped)} unreadable (named at the end)" if self.skipped else ""
+        return f"{len(self.videos)} videos, {total:,} frames, of {self.path}{short}{skipped}, cached in {self.base}.u8"
 
 
 # -----------------------------------------------------------------------------
@@ -516,8 +517,6 @@ def train(args, checkpoint=None):
     print(f"device      {args.device}" + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""))
     print(f"model       {args.temporal}, {parameters:,} parameters")
     print(f"data        {data}")
-    if getattr(data, "skipped", None):
-        print(f"skipped     {len(data.skipped)} unreadable:{data.why_skipped()}")
     print(f"videos      {args.frames} frames of {args.size}x{args.size}, {args.batch} x {args.grad_accum} per step")
     print(f"writes      {out}/checkpoint.pt, log.jsonl, samples/ every {args.sample_every} steps")
 
@@ -586,6 +585,8 @@ def train(args, checkpoint=None):
     print(f"      {out}/log.jsonl")
     print(f"      {out}/samples/step-{step:06d}.gif")
     print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
+    if getattr(data, "skipped", None):
+        print(f"skipped {len(data.skipped)} unreadable videos:{data.why_skipped()}")
     print(f"more: python train.py sample {out} --videos 16 --frames {2 * args.frames}")
 
 

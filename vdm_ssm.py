@@ -89,106 +89,101 @@ def selective_scan_loop(u, dt, A, B, C, D=None, initial_state=None, return_last_
 class SelectiveScan(torch.autograd.Function):
     """`selective_scan` and its gradient; call that instead.
 
-    Work is cut into blocks of some rows by some frames. Inside a block everything is time first, (k, b, n, d): the
-    channels lie innermost so that sums over n are matrix products, and one frame is one contiguous slab.
+    The work is cut into blocks of some rows by CHUNK frames. Inside a block everything is time first, (k, b, n, d):
+    one frame is one contiguous slab, and with the channels innermost every sum over n or d is a matrix product.
     """
 
-    CHUNK = 16  # frames between two stored states: they then take 1/16 of the memory of all states
+    CHUNK = 16  # frames from one stored state to the next: they take 1/16 of the memory of all states
 
     @staticmethod
     def tiles(b, l, n, d, device):
-        """Slices of rows, slices of frames, and the number of rows in a tile."""
-        # A CPU is fastest when a block stays in its cache; a GPU wants every row at once, within a bound on memory.
-        slab = 2**16 if device.type == "cpu" else 2**24
-        size = min(b, max(1, slab // (n * d)))
-        rows = [slice(i, min(i + size, b)) for i in range(0, b, max(size, 1))]
-        frames = [slice(i, min(i + SelectiveScan.CHUNK, l)) for i in range(0, l, SelectiveScan.CHUNK)]
-        return rows, frames, size
+        """Slices of rows and slices of frames that make a block."""
+        # A CPU is fastest when a block stays in its cache; a GPU wants all rows at once, within a bound on memory.
+        most = max(1, (2**16 if device.type == "cpu" else 2**24) // (n * d))
+        cut = lambda size, step: [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        return cut(b, most), cut(l, SelectiveScan.CHUNK)
 
     @staticmethod
-    def block(x, rows, frames, dtype):
-        """One block, time first.    x (b, l, d) -> (k, rows, d)"""
-        return x[rows, frames].transpose(0, 1).to(dtype).contiguous()
+    def block(x, row, frame, dtype):
+        """One block, time first.    x (b, l, d) -> (k, b, d)"""
+        return x[row, frame].transpose(0, 1).to(dtype).contiguous()
 
     @staticmethod
-    def recur(states, decay, u, dt, B, log2_decay):
-        """Fill states[1:] and decay from states[0].    u, dt (k, b, d), B (k, b, n), log2_decay (n, d)"""
+    def recur(states, decay, u, dt, B, A):
+        """Fill states[1:] and decay from states[0].    (k + 1, b, n, d), (k, b, n, d), u, dt (k, b, d), B (k, b, n)"""
         # exp2 has no slow path where exp underflows, and dt*A reaches -160.
-        torch.mul(dt[:, :, None], log2_decay, out=decay).exp2_()
+        torch.mul(dt[:, :, None], A * math.log2(math.e), out=decay).exp2_()
         torch.mul((dt * u)[:, :, None], B[..., None], out=states[1:])
         for k in range(len(u)):
             states[k + 1].addcmul_(decay[k], states[k])
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, initial_state):
-        (b, l, d), n, block = u.shape, A.shape[1], SelectiveScan.block
+        (b, l, d), n = u.shape, A.shape[1]
         dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
-        log2_decay = A.T.to(dtype) * math.log2(math.e)  # (n, d)
-        rows, frames, size = SelectiveScan.tiles(b, l, n, d, u.device)
-        k_max = min(SelectiveScan.CHUNK, l)
-        decay = u.new_empty(k_max, size, n, d, dtype=dtype)
-        states = u.new_empty(k_max + 1, size, n, d, dtype=dtype)
+        A_nd = A.T.to(dtype).contiguous()  # (n, d)
+        rows, frames = SelectiveScan.tiles(b, l, n, d, u.device)
+        room = u.new_empty(2, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         starts = u.new_empty(len(frames), b, n, d, dtype=dtype)  # the state before each chunk
-        last_state = u.new_empty(b, n, d, dtype=dtype)
+        last_state = u.new_empty(b, d, n, dtype=dtype)
         y = torch.empty_like(u)
 
-        for r in rows:
-            r_size = r.stop - r.start
-            states[0, :r_size] = initial_state[r].transpose(1, 2)
-            for i, s in enumerate(frames):
-                u_, dt_, B_, C_ = (block(x, r, s, dtype) for x in (u, dt, B, C))
-                h, a = states[: len(u_) + 1, :r_size], decay[: len(u_), :r_size]
-                starts[i, r] = h[0]
-                SelectiveScan.recur(h, a, u_, dt_, B_, log2_decay)
-                y_ = (C_[:, :, None] @ h[1:]).squeeze(2)  # (k, b, d)
-                y[r, s] = y_.addcmul_(D, u_).transpose(0, 1)
-                h[0] = h[-1]
-            last_state[r] = states[0, :r_size]
+        with torch.autocast(u.device.type, enabled=False):
+            for row in rows:
+                state = initial_state[row].transpose(1, 2)  # (b, n, d)
+                for i, frame in enumerate(frames):
+                    u_k, dt_k, B_k, C_k = (SelectiveScan.block(x, row, frame, dtype) for x in (u, dt, B, C))
+                    states, decay = room[0, : len(u_k) + 1, : len(state)], room[1, : len(u_k), : len(state)]
+                    states[0] = starts[i, row] = state
+                    SelectiveScan.recur(states, decay, u_k, dt_k, B_k, A_nd)
+                    y_k = (C_k[:, :, None] @ states[1:]).squeeze(2)  # (k, b, d)
+                    y[row, frame] = y_k.addcmul_(D, u_k).transpose(0, 1)
+                    state = states[-1]
+                last_state[row] = state.transpose(1, 2)
 
         ctx.save_for_backward(u, dt, A, B, C, D, starts)
-        ctx.initial_dtype = initial_state.dtype
-        return y, last_state.transpose(1, 2)
+        return y, last_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast_state):
-        # The adjoint runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. With w_k = g_k exp(dt_k A)
-        # state_{k-1}, the gradient of dt_k A, every parameter's gradient is a sum of products of u, dt, B, state, g, w.
+        # The adjoint runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. The gradient of dt_k A is then
+        # w_k = g_k exp(dt_k A) state_{k-1}, and all others are sums of products of g, w, the states and the inputs.
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("selective_scan can be differentiated once: take selective_scan_loop for more")
         u, dt, A, B, C, D, starts = ctx.saved_tensors
-        (b, l, d), n, block, dtype = u.shape, A.shape[1], SelectiveScan.block, starts.dtype
-        A_ = A.T.to(dtype).contiguous()  # (n, d)
-        rows, frames, size = SelectiveScan.tiles(b, l, n, d, u.device)
-        k_max = min(SelectiveScan.CHUNK, l)
-        decay, adjoint = (u.new_empty(k_max, size, n, d, dtype=dtype) for _ in range(2))
-        states = u.new_empty(k_max + 1, size, n, d, dtype=dtype)
+        (b, l, d), n, dtype = u.shape, A.shape[1], starts.dtype
+        A_nd = A.T.to(dtype).contiguous()  # (n, d)
+        rows, frames = SelectiveScan.tiles(b, l, n, d, u.device)
+        room = u.new_empty(3, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
-        dA, dD = torch.zeros_like(A_), torch.zeros(d, dtype=dtype, device=u.device)
-        dinitial = torch.empty_like(dlast_state, dtype=ctx.initial_dtype)
+        dA, dD = torch.zeros_like(A_nd), torch.zeros(d, dtype=dtype, device=u.device)
+        dinitial_state = torch.empty_like(dlast_state)
 
-        for r in rows:
-            r_size = r.stop - r.start
-            carry = dlast_state[r].transpose(1, 2).to(dtype)  # exp(dt_{k+1} A) g_{k+1}
-            for i, s in reversed(list(enumerate(frames))):
-                u_, dt_, B_, C_, dy_ = (block(x, r, s, dtype) for x in (u, dt, B, C, dy))
-                h, a, g = states[: len(u_) + 1, :r_size], decay[: len(u_), :r_size], adjoint[: len(u_), :r_size]
-                h[0] = starts[i, r]
-                SelectiveScan.recur(h, a, u_, dt_, B_, A_ * math.log2(math.e))
-                torch.mul(C_[..., None], dy_[:, :, None], out=g)
-                g[-1] += carry
-                for k in reversed(range(1, len(u_))):
-                    g[k - 1].addcmul_(a[k], g[k])
-                dC[r, s] = (dy_[:, :, None] @ h[1:].mT).squeeze(2).transpose(0, 1)
-                dB[r, s] = ((dt_ * u_)[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
-                dinput = (B_[:, :, None] @ g).squeeze(2)  # of dt*u, (k, b, d)
-                du[r, s] = (dinput * dt_ + D * dy_).transpose(0, 1)
-                dD += (dy_ * u_).sum((0, 1))
-                a.mul_(g)
-                carry = a[0].clone()
-                w = a.mul_(h[:-1])
-                ddt[r, s] = (dinput * u_ + torch.mul(w, A_, out=g).sum(2)).transpose(0, 1)
-                dA += w.mul_(dt_[:, :, None]).sum((0, 1))
-            dinitial[r] = carry.transpose(1, 2)
-        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial
+        with torch.autocast(u.device.type, enabled=False):
+            for row in rows:
+                carry = dlast_state[row].transpose(1, 2)  # exp(dt_{k+1} A) g_{k+1}, (b, n, d)
+                for i, frame in reversed(list(enumerate(frames))):
+                    u_k, dt_k, B_k, C_k, dy_k = (SelectiveScan.block(x, row, frame, dtype) for x in (u, dt, B, C, dy))
+                    states = room[0, : len(u_k) + 1, : len(carry)]
+                    decay, g = room[1:, : len(u_k), : len(carry)]
+                    states[0] = starts[i, row]
+                    SelectiveScan.recur(states, decay, u_k, dt_k, B_k, A_nd)
+                    torch.mul(C_k[..., None], dy_k[:, :, None], out=g)
+                    g[-1] += carry
+                    for k in reversed(range(1, len(u_k))):
+                        g[k - 1].addcmul_(decay[k], g[k])
+                    dinput = (B_k[:, :, None] @ g).squeeze(2)  # the gradient of dt*u, (k, b, d)
+                    dB[row, frame] = ((dt_k * u_k)[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
+                    dC[row, frame] = (dy_k[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)
+                    du[row, frame] = (dt_k * dinput + D * dy_k).transpose(0, 1)
+                    dD += (dy_k * u_k).sum((0, 1))
+                    w = decay.mul_(g)
+                    carry = w[0].clone()
+                    w *= states[:-1]
+                    ddt[row, frame] = (u_k * dinput + torch.mul(w, A_nd, out=g).sum(2)).transpose(0, 1)
+                    dA += w.mul_(dt_k[:, :, None]).sum((0, 1))
+                dinitial_state[row] = carry.transpose(1, 2)
+        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial_state
 
 
 @torch.compiler.disable
@@ -310,7 +305,7 @@ class S6(nn.Module):
     def parameters_of(self, u):
         """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
         dt, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
-        return F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log.float()), B, C
+        return F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log), B, C
 
     def forward(self, u):
         dt, A, B, C = self.parameters_of(u)
@@ -590,18 +585,12 @@ def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
 # pixels into the batch, (b h w) f c, costs nothing or one copy of contiguous runs.
 
 
-class StepEmbedding(nn.Module):
+def step_embedding(t, d):
     """Sinusoids of the diffusion step.    t (b) integers -> (b, d), sines first, then cosines"""
-
-    def __init__(self, d):
-        super().__init__()
-        self.d = d
-
-    def forward(self, t):
-        half = self.d // 2
-        freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
-        angle = t[:, None] * freqs  # (b, d/2)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+    half = d // 2
+    freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+    angle = t[:, None] * freqs  # (b, d/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class FrameConv(nn.Conv2d):
@@ -697,12 +686,12 @@ class UNet3D(nn.Module):
         widths = [dim, *(dim * m for m in dim_mults)]
         levels = list(zip(widths[:-1], widths[1:]))
         d_emb = 32 * dim  # eight times the width in [4]
-        self.factor = 2 ** (len(levels) - 1)
+        self.dim, self.factor = dim, 2 ** (len(levels) - 1)
         temporal_of = temporal_layer(temporal, heads, head_dim, n, mlp)
 
         self.init_conv = FrameConv(channels, dim, 7, padding=3)
         self.init_time = OverTime(dim, temporal_of(dim))
-        self.embed = nn.Sequential(StepEmbedding(dim), nn.Linear(dim, d_emb), nn.GELU(), nn.Linear(d_emb, d_emb))
+        self.embed = nn.Sequential(nn.Linear(dim, d_emb), nn.GELU(), nn.Linear(d_emb, d_emb))
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for i, (c, c_out) in enumerate(levels):
             self.downs.append(nn.ModuleList([
@@ -732,7 +721,7 @@ class UNet3D(nn.Module):
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise ValueError(f"frames of {h}x{w} pixels cannot be halved {self.factor} fold: use multiples of it")
-        emb = self.embed(t)  # (b, 32 dim)
+        emb = self.embed(step_embedding(t, self.dim).to(x.dtype))  # (b, 32 dim)
         x = self.init_conv(x.contiguous(memory_format=torch.channels_last_3d))
         x = self.init_time(x)
         first, skips = x, []
@@ -795,12 +784,12 @@ class GaussianDiffusion(nn.Module):
         eps = torch.randn_like(x0) if eps is None else eps
         signal, noise = self.rates(t)
         target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.target]
-        return F.mse_loss(self.model(signal * x0 + noise * eps, t).float(), target)
+        return F.mse_loss(self.model(signal * x0 + noise * eps, t).to(x0.dtype), target)
 
     def predict_x0(self, x, t):
         """The network's guess of the video.    x (b, c, f, h, w), t (b) -> x0, not clipped"""
         signal, noise = self.rates(t)
-        out = self.model(x, t).float()
+        out = self.model(x, t).to(x.dtype)
         return {"eps": (x - noise * out) / signal, "x0": out, "v": signal * x - noise * out}[self.target]
 
     @torch.no_grad()

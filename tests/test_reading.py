@@ -1,8 +1,6 @@
 """Reading videos: everything intact comes out as 8-bit RGB, everything damaged is named."""
 import os
-import struct
-import warnings
-import zipfile
+from fractions import Fraction
 
 import av
 import imageio.v3 as iio
@@ -67,7 +65,7 @@ def write_variable_rate(path, video, times):
     with av.open(str(path), "w") as out:
         stream = out.add_stream(CODECS[path.suffix], rate=30)
         stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
-        stream.codec_context.time_base = stream.time_base = av.video.frame.Fraction(1, 1000)
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for image, time in zip(video, times):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = int(1000 * time), stream.time_base
@@ -138,12 +136,11 @@ def test_gif_cut_between_two_frames_is_refused(tmp_path):
     assert "truncated" in reason(path)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".gif"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
 def test_noise_in_the_middle_is_refused(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", moving_square(60, size=64))
     data = bytearray(path.read_bytes())
-    start = data.index(b"mdat") + 40 if b"mdat" in data else len(data) // 3
-    data[start:start + 400] = np.random.default_rng(0).bytes(400)
+    data[len(data) // 2:len(data) // 2 + 200] = np.random.default_rng(0).bytes(200)
     path.write_bytes(data)
     assert reason(path)
 
@@ -335,7 +332,8 @@ def test_video_with_nan_is_named_and_its_neighbours_are_read(tmp_path, wrong):
         list(read_frames(second))
 
 
-@pytest.mark.parametrize("shape", [(10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8)])
+@pytest.mark.parametrize("shape", [(10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8),
+                                   (0, 10, 8, 8, 3)])
 def test_arrays_that_are_no_videos_are_refused(tmp_path, shape):
     assert reason(save_array(tmp_path / "a.npy", np.zeros(shape, np.uint8)))
 

@@ -1,0 +1,291 @@
+"""The loop loses nothing, repeats itself, and answers bad input with one sentence."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = "--size 8 --frames 3 --dim 8 --dim-mults 1,2 --heads 1 --batch 2 --sample-steps 2 --sample-videos 2 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def quiet_signals_and_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (pathlib.Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def fails(*argv):
+    """Run the command in a process of its own; it must exit with 2 and one sentence.    -> the sentence"""
+    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def refuses(*argv):
+    with pytest.raises(train.BadInput) as error:
+        train.main([str(a) for a in argv])
+    return str(error.value)
+
+
+def write_videos(folder, count=3, frames=6, size=(12, 10)):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        np.save(folder / f"{i}.npy", rng.integers(0, 256, (frames, *size, 3), dtype=np.uint8))
+    return folder
+
+
+# ---- Runs
+
+
+def test_a_run_writes_what_it_says_and_samples_without_data(tmp_path):
+    train.main([*TINY, "--steps", "4", "--sample-every", "2", "--out", "run"])
+    assert len(losses("run")) == 4
+    assert iio.imread("run/samples/step-000004.png").shape[2] == 3
+    assert len(iio.imread("run/samples/step-000002.gif")) == 3
+    train.main(["sample", "run", "--videos", "3", "--frames", "5", "--sample-steps", "2", "--device", "cpu"])
+    with np.load("run/sampled/videos.npz", allow_pickle=False) as arrays:
+        videos = arrays["videos"]
+    assert videos.shape == (3, 5, 8, 8, 3) and videos.dtype == np.uint8
+    assert len(list(pathlib.Path("run/sampled").glob("*.gif"))) == 3
+
+
+@pytest.mark.parametrize("data", ["maze", "folder"])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, data):
+    source = "maze" if data == "maze" else write_videos(tmp_path / "videos")
+    common = [*TINY, "--data", str(source), "--grad-accum", "2", "--sample-every", "3"]
+    train.main([*common, "--steps", "7", "--out", "whole"])
+    train.main([*common, "--steps", "3", "--out", "parts"])
+    train.main(["--resume", "parts", "--steps", "7"])
+    assert losses("parts") == losses("whole") and len(losses("whole")) == 7
+    whole, parts = (train.load_checkpoint(run) for run in ("whole", "parts"))
+    for key in ("model", "ema"):
+        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])
+    assert pathlib.Path("parts/samples/step-000007.png").read_bytes() == pathlib.Path("whole/samples/step-000007.png").read_bytes()
+
+
+def test_a_run_stopped_after_its_last_checkpoint_drops_the_log_that_it_will_write_again():
+    train.main([*TINY, "--steps", "4", "--out", "run"])
+    with open("run/log.jsonl", "a") as log:
+        log.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train.main(["--resume", "run", "--steps", "6"])
+    assert [json.loads(line)["step"] for line in open("run/log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_seed_decides_everything():
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main([*TINY, "--steps", "3", "--seed", str(seed), "--out", out])
+    assert losses("a") == losses("b") != losses("c")
+
+
+def test_two_accumulated_batches_of_two_are_one_batch_of_four(monkeypatch):
+    at_step_zero = lambda self, x: self.model(x, torch.zeros(len(x), dtype=torch.long)).square().mean()
+    monkeypatch.setattr(train.GaussianDiffusion, "loss", at_step_zero)
+    moments = []
+    for batch, accumulate in (("4", "1"), ("2", "2")):
+        out = f"run{batch}"
+        train.main([*TINY, "--batch", batch, "--grad-accum", accumulate, "--steps", "1", "--out", out])
+        state = train.load_checkpoint(out)["optimizer"]["state"]
+        moments.append(torch.cat([s["exp_avg"].flatten() for s in state.values()]))
+    assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
+    assert abs(losses("run4")[0] - losses("run2")[0]) < 1e-6
+
+
+def test_the_average_of_the_weights_is_the_mean_at_first_and_slow_later():
+    averages, weights = [torch.zeros(1)], [torch.ones(1)]
+    train.average_weights(0.99)(averages, weights, torch.tensor(1))
+    assert torch.allclose(averages[0], torch.tensor(9 / 11))
+    averages = [torch.zeros(1)]
+    train.average_weights(0.99)(averages, weights, torch.tensor(10**6))
+    assert torch.allclose(averages[0], torch.tensor(0.01), atol=1e-6)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    target = tmp_path / "checkpoint.pt"
+    target.write_text("old")
+
+    def disk_full(path):
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError):
+        train.write_whole(target, disk_full)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_infinite_loss_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
+    train.main([*TINY, "--steps", "2", "--out", "run"])
+    before = pathlib.Path("run/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(train.GaussianDiffusion, "loss", lambda self, x: next(self.parameters()).sum() * float("nan"))
+    assert "lower --lr" in refuses("--resume", "run", "--steps", "30")
+    assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
+
+
+# ---- Data
+
+
+def test_windows_are_consecutive_frames_of_one_video_and_an_epoch_shows_each_once(tmp_path):
+    (tmp_path / "v").mkdir()
+    for i in range(4):  # the grey level tells video and frame
+        np.save(tmp_path / "v" / f"{i}.npy", np.broadcast_to((50 * i + np.arange(9, dtype=np.uint8))[:, None, None, None], (9, 8, 8, 3)))
+    data = train.FolderVideos(tmp_path / "v", 5, 8, tmp_path / "cache", seed=0)
+    seen = []
+    for i in range(4):
+        levels = ((data[i][0, :, 0, 0] + 1) * 127.5).round().int()
+        assert (levels.diff() == 1).all() and levels[0] // 50 == levels[-1] // 50
+        seen.append(levels[0].item() // 50)
+    assert sorted(seen) == [0, 1, 2, 3]
+    starts = {int(((data[i][0, 0, 0, 0] + 1) * 127.5).round()) % 50 for i in range(100)}
+    assert starts == {0, 1, 2, 3, 4}
+
+
+def test_the_cache_is_reused_until_a_file_changes(tmp_path, monkeypatch):
+    folder = write_videos(tmp_path / "v")
+    make = lambda: train.FolderVideos(folder, 4, 8, tmp_path / "cache", seed=0)
+    first = make()[0]
+    monkeypatch.setattr(train, "read_frames", lambda video: pytest.fail("decoded again"))
+    assert torch.equal(make()[0], first)
+    monkeypatch.undo()
+    np.save(folder / "1.npy", np.zeros((9, 8, 8, 3), np.uint8))
+    assert make().videos[:, 1].tolist() == [6, 9, 6]
+
+
+def test_an_interrupted_cache_is_built_again(tmp_path, monkeypatch):
+    folder = write_videos(tmp_path / "v")
+    real, calls = train.resized_frames, []
+
+    def killed(video, size):
+        calls.append(video)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(video, size)
+
+    monkeypatch.setattr(train, "resized_frames", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.FolderVideos(folder, 4, 8, tmp_path / "cache", seed=0)
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(train.FolderVideos(folder, 4, 8, tmp_path / "cache", seed=0).videos) == 3
+
+
+def test_resize_takes_the_centre_of_the_short_side():
+    video = np.zeros((2, 8, 16, 3), np.uint8)
+    video[:, :, 4:12] = 200
+    assert (train.resize(video, 8) == 200).all() and train.resize(video, 4).shape == (2, 4, 4, 3)
+    assert (train.resize(video.transpose(0, 2, 1, 3).copy(), 8) == 200).all()
+    assert (train.resize(np.full((1, 3, 5, 3), 77, np.uint8), 16) == 77).all()
+
+
+def test_unreadable_files_are_skipped_named_and_explained(tmp_path, capsys):
+    folder = write_videos(tmp_path / "v", count=2)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "empty.npy").touch()
+    np.save(folder / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    train.main([*TINY, "--data", str(folder), "--steps", "1", "--out", "run"])
+    end = capsys.readouterr().out
+    assert "2 videos" in end and "1 shorter than 3 frames" in end
+    assert "skipped 2 unreadable" in end and "broken.mp4" in end and "empty.npy" in end
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "npz", "pt", "images", "grey", "many", "one file"])
+def test_every_kind_of_video_trains(tmp_path, kind):
+    folder, rng = tmp_path / "v", np.random.default_rng(0)
+    folder.mkdir()
+    video = rng.integers(0, 256, (6, 16, 20, 3), dtype=np.uint8)
+    path = folder
+    if kind == "mp4":
+        iio.imwrite(folder / "a.mp4", video.repeat(2, 1).repeat(2, 2), fps=10, plugin="pyav", codec="libx264")
+    elif kind == "gif":
+        iio.imwrite(folder / "a.gif", video)
+    elif kind == "npz":
+        np.savez(folder / "a.npz", video=video)
+    elif kind == "pt":
+        torch.save(torch.from_numpy(video), folder / "a.pt")
+    elif kind == "images":
+        (folder / "clip").mkdir()
+        for i, frame in enumerate(video):
+            iio.imwrite(folder / "clip" / f"{i:03d}.png", frame)
+    elif kind == "grey":
+        np.save(folder / "a.npy", video[..., 0])
+    elif kind == "many":
+        np.save(folder / "a.npy", np.stack([video, video]))
+    else:
+        path = folder / "a.npy"
+        np.save(path, video)
+    data = train.FolderVideos(path, 6, 8, tmp_path / "cache", seed=0)
+    assert len(data.videos) == (2 if kind == "many" else 1)
+    assert data[0].shape == (3, 6, 8, 8) and data[0].min() >= -1 and data[0].max() <= 1
+    if kind in ("npz", "pt", "many", "one file"):
+        assert torch.equal(data[0], train.to_model_range(train.resize(video, 8)))
+
+
+# ---- Bad input
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_two(tmp_path):
+    assert "unknown temporal layer 'mamba3'" in fails("--temporal", "mamba3")
+    assert "does not exist" in fails("sample", tmp_path / "nothing")
+    assert "--batch" in fails("--batch", "0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_wrong_argument_is_named_with_its_mend(tmp_path):
+    assert "multiple of 4" in refuses("--size", 18, "--dim-mults", "1,2,4", "--device", "cpu")
+    assert "multiple of 8" in refuses(*TINY, "--dim", 12)
+    assert "no such" in refuses(*TINY, "--data", tmp_path / "nowhere")
+    assert "1 to --diffusion-steps" in refuses(*TINY, "--diffusion-steps", 10, "--sample-steps", 11)
+    assert "--device" in refuses(*TINY, "--device", "quantum")
+    (tmp_path / "empty").mkdir()
+    assert "no video" in refuses(*TINY, "--data", tmp_path / "empty")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.mp4").write_bytes(b"nothing")
+    assert "x.mp4" in refuses(*TINY, "--data", tmp_path / "bad")
+    folder = write_videos(tmp_path / "videos")
+    assert "longest has 6" in refuses(*TINY, "--data", folder, "--frames", 7)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
+    assert "damaged" in refuses("--resume", "run")
+    torch.save({"something": 1}, tmp_path / "run" / "checkpoint.pt")
+    assert "not a checkpoint" in refuses("sample", "run")
+
+
+def test_resume_refuses_to_become_another_run_and_out_refuses_to_overwrite_one():
+    train.main([*TINY, "--steps", "1", "--out", "run"])
+    before = pathlib.Path("run/checkpoint.pt").read_bytes()
+    message = refuses("--resume", "run", "--lr", "0.5", "--dim", "16")
+    assert "--lr" in message and "--dim" in message and "--batch" not in message
+    assert "--resume run" in refuses(*TINY, "--out", "run")
+    assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_second_run_without_out_gets_a_folder_of_its_own():
+    for _ in range(2):
+        train.main([*TINY, "--steps", "1"])
+    assert sorted(os.listdir("runs")) == ["maze", "maze-2"]
+
+
+def test_gif_and_sheet_show_what_they_are_given(tmp_path):
+    videos = np.zeros((3, 5, 8, 8, 3), np.uint8)
+    videos[1, 2] = 255
+    train.write_sheet(tmp_path / "sheet.png", videos)
+    sheet = iio.imread(tmp_path / "sheet.png")
+    assert sheet.shape == (3 * 68, 5 * 68, 3)
+    assert (sheet[68 : 68 + 64, 2 * 68 : 2 * 68 + 64] == 255).all() and (sheet[:64, :64] == 0).all()
+    train.write_gif(tmp_path / "all.gif", videos, fps=8)
+    assert iio.imread(tmp_path / "all.gif", index=0).shape[:2] == (192, 192)
