@@ -279,7 +279,7 @@ def to_model_range(video):
 
 
 def resize(frames, size):
-    """Short side to `size`, antialiased bilinear, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)"""
+    """Short side to `size`, antialiased, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)"""
     h, w = frames.shape[1:3]
     short = min(h, w)
     if (h, w) != (size, size):
@@ -567,7 +567,8 @@ def train(args, checkpoint=None):
         step += 1
         bar.update()
         if step == first + 5:
-            bar.write(f"time        about {(args.steps - first) * (time.time() - start) / 300:.1f} minutes, and the samples")
+            minutes = (args.steps - first) * (time.time() - start) / 5 / 60
+            bar.write(f"time        about {minutes:.1f} minutes, and the samples")
         if step % 10 == 0:
             flush()
         if step % args.sample_every == 0 or step == args.steps:
@@ -634,7 +635,7 @@ def sample(args):
     model.load_state_dict(checkpoint["ema"])
     out = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "sampled")
     frames = args.frames or run.frames
-    print(f"{args.videos} videos of {frames} frames, {run.size}x{run.size}, {run.sample_steps} denoising steps, on {device}")
+    print(f"{args.videos} videos, {frames} frames of {run.size}x{run.size}, {run.sample_steps} steps each, on {device}")
     videos = sample_videos(model.module.to(device), run, args.videos, frames, device, args.seed, args.batch, tqdm)
     out.mkdir(parents=True, exist_ok=True)
     for i, video in enumerate(videos):
@@ -652,8 +653,8 @@ def sample(args):
 SIZED = {
     "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=8, steps=500, lr=1e-3, ema=0.995,
                 sample_every=500),
-    "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4, ema=0.9995,
-                 sample_every=2000),
+    "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4,
+                 ema=0.9995, sample_every=2000),
 }  # fmt: skip
 
 
@@ -692,10 +693,10 @@ def training_parser():
     model.add_argument("--temporal", default="bi-mamba", metavar="NAME",
                        help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
     model.add_argument("--dim", type=positive, help=f"width of the first level, a multiple of 8 ({sized('dim')})")
-    model.add_argument("--dim-mults", type=multiples, help=f"width of each level in units of dim ({sized('dim_mults')})")
+    model.add_argument("--dim-mults", type=multiples, help=f"levels' widths in units of dim ({sized('dim_mults')})")
     model.add_argument("--heads", type=positive, help=f"attention heads ({sized('heads')})")
-    model.add_argument("--target", default="v", choices=("eps", "v", "x0"), help="what the network predicts (default v)")
-    model.add_argument("--diffusion-steps", type=positive, default=256, help="steps of the cosine schedule (default 256)")
+    model.add_argument("--target", default="v", choices=("eps", "v", "x0"), help="what it predicts (default v)")
+    model.add_argument("--diffusion-steps", type=positive, default=256, help="steps of the schedule (default 256)")
     loop = parser.add_argument_group("training")
     loop.add_argument("--steps", type=positive, help=f"optimiser steps in all ({sized('steps')})")
     loop.add_argument("--batch", type=positive, help=f"videos per backward pass ({sized('batch')})")
@@ -707,21 +708,21 @@ def training_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="folder of the run (default runs/ and the data's name, numbered if taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    run.add_argument("--sample-every", type=positive, help=f"steps between samples and checkpoints ({sized('sample_every')})")
+    run.add_argument("--sample-every", type=positive, help=f"steps from sample to sample ({sized('sample_every')})")
     run.add_argument("--sample-videos", type=positive, default=8, help="videos drawn each time (default 8)")
     add_sampling_arguments(run)
     return parser
 
 
 def sampling_parser():
-    parser = argparse.ArgumentParser(prog="train.py sample", description="Draw videos from a checkpoint, without its data.")
+    parser = argparse.ArgumentParser(prog="train.py sample", description="Draw videos from a checkpoint.")
     parser.add_argument("run", help="folder of a run, or its checkpoint.pt")
     parser.add_argument("--videos", type=positive, default=8, help="how many (default 8)")
     parser.add_argument("--frames", type=positive, help="frames per video, any number (default: as trained)")
     parser.add_argument("--size", type=positive, help="height and width in pixels (default: as trained)")
     parser.add_argument("--batch", type=positive, default=8, help="videos drawn at a time (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best)")
     parser.add_argument("--out", help="folder to write to (default RUN/sampled)")
     add_sampling_arguments(parser)
     return parser
@@ -745,7 +746,7 @@ def complete(args):
         numbered = [base] + [base.with_name(f"{base.name}-{i}") for i in range(2, 1000)]
         args.out = str(next(path for path in numbered if not path.exists()))
     elif (Path(args.out) / "checkpoint.pt").exists():
-        raise BadInput(f"--out {args.out} holds a run already: go on with --resume {args.out}, or choose another folder")
+        raise BadInput(f"--out {args.out} holds a run: go on with --resume {args.out}, or choose another folder")
     return args
 
 
@@ -785,7 +786,7 @@ def check(args):
         raise BadInput(str(error)) from error
     if args.size % factor:
         mults = ",".join(map(str, args.dim_mults))
-        raise BadInput(f"--size {args.size} must be a multiple of {factor}, because --dim-mults {mults} halves it to 1/{factor}")
+        raise BadInput(f"--size {args.size} must be a multiple of {factor}, what --dim-mults {mults} divides it by")
 
 
 def main(argv):

@@ -31,7 +31,7 @@ Map
     1. Scans              selective_scan_loop, selective_scan
     2. S4D                an SSM as a convolution
     3. S6                 Mamba's selective SSM
-    4. Temporal layers    temporal_layer(name) and the blocks it chooses from
+    4. Temporal layers    attention, the blocks around S4D and S6, temporal_layer(name)
     5. Spatial blocks     step embedding, ResNet block, attention over space, resampling
     6. UNet3D
     7. GaussianDiffusion
@@ -211,7 +211,8 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
 #
 #     state_k = exp(dt A) state_{k-1} + u_k        y_k = 2 Re(C' . state_k) + D u_k        C' = C (exp(dt A) - 1) / A
 #
-# (zero-order hold with B = 1, folded into C), and unrolling it gives y = K * u with K_k = 2 Re sum_n C'_n exp(dt A_n)^k.
+# (zero-order hold with B = 1, folded into C). Unrolled, y is the causal convolution of u with the impulse response
+# K_k = 2 Re sum_n C'_n exp(dt A_n)^k, and an FFT computes all frames at once.
 
 
 class S4D(nn.Module):
@@ -285,7 +286,7 @@ class S6(nn.Module):
 
     n: state size per channel. Source: [2], algorithm 2, and its initialisation: A = -(1..n), D = 1, and a bias that
     makes dt log-uniform in [1e-3, 1e-1] frames. The rank is ceil(d/16) of the width the SSM itself sees, as in [1].
-    Needs: selective_scan, SelectiveScan.
+    Needs: selective_scan.
     """
 
     activation = staticmethod(F.silu)  # what [1] puts after this core
@@ -325,9 +326,10 @@ class S6(nn.Module):
 # -----------------------------------------------------------------------------
 # 4. Temporal layers
 #
-# Each maps (b, l, d) -> (b, l, d), where the rows are pixels and l counts frames. An SSM sees only the past, but a video
-# is denoised as a whole: the bidirectional layers run a second SSM over the reversed frames and join the two. The papers
-# differ in the block around the two cores: sum, concatenation, gating, or a Mamba block. Attention is the baseline [4].
+# Each maps (b, l, d) -> (b, l, d), where the rows are pixels and l counts frames. An SSM sees only the past, but a
+# video is denoised as a whole: the bidirectional layers run a second SSM over the reversed frames and join the two.
+# The layers of [1] differ in the block around the two cores: a sum, a concatenation, a product, or a Mamba block.
+# Attention is the baseline [4].
 
 
 class RotaryEmbedding(nn.Module):
@@ -367,8 +369,8 @@ class RelativeBias(nn.Module):
         half = self.table.num_embeddings // 2
         exact = half // 2
         size = distance.abs()
-        log = torch.log(size.clamp(min=1) / exact) / math.log(self.max_distance / exact)  # 0 at exact, 1 at max_distance
-        wide = (exact + (log * (half - exact)).long()).clamp(max=half - 1)
+        share = torch.log(size.clamp(min=1) / exact) / math.log(self.max_distance / exact)  # 1 at max_distance
+        wide = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
         return half * (distance > 0) + torch.where(size < exact, size, wide)
 
     def forward(self, l):
@@ -550,9 +552,9 @@ TEMPORAL_LAYERS = ("attention", "linear-attention", "bi-mamba", "bi-s4d", "bi-s4
 def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
     """Turn a name into a function that makes layers: d -> nn.Module, (b, l, d) -> (b, l, d)
 
-    name: one of TEMPORAL_LAYERS; without "bi-" a layer sees only the past. heads, head_dim: of attention. n: state size,
-    default 16, for `s4d` and `bi-s4d` heads * head_dim. mlp: width of the MLP or gate, default 512, for `s4d` and
-    `bi-s4d` heads * head_dim, for `s4d-gated` 3d. Layers made by one such function share their position tables.
+    name: one of TEMPORAL_LAYERS; an SSM layer without "bi-" sees only the past. heads, head_dim: of attention.
+    n: state size, default 16, for (bi-)s4d heads * head_dim. mlp: width of the MLP or gate, default 512, for (bi-)s4d
+    heads * head_dim, for (bi-)s4d-gated 3d. Layers made by one such function share their position tables.
     Raises ValueError for an unknown name.
     """
     if name not in TEMPORAL_LAYERS:
@@ -748,10 +750,13 @@ class UNet3D(nn.Module):
 # -----------------------------------------------------------------------------
 # 7. GaussianDiffusion
 #
-# Noise is mixed into a video x_0 step by step, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, until nothing of
-# it is left. The network looks at x_t and t and is trained by mean squared error to predict eps [5], or x_0, or
-# v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 [8]; with x_t known, each gives the others. Sampling runs from noise
-# to video: predict x_0, then draw x_s for an earlier step s from q(x_s | x_t, x_0).
+# Noise is mixed into a video x_0 until nothing of it is left: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+# The network looks at x_t and t and is trained by mean squared error to predict eps [5], or x_0, or
+#
+#     v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0        [8];
+#
+# with x_t known, each gives the others. Sampling goes from noise to video: predict x_0 from x_t, draw x_s for an
+# earlier step s from q(x_s | x_t, x_0), and repeat.
 
 
 class GaussianDiffusion(nn.Module):
@@ -798,7 +803,7 @@ class GaussianDiffusion(nn.Module):
 
         steps: how many of the schedule's steps are visited, evenly spaced; all by default. eta: 1 draws x_s with the
         full variance of q(x_s | x_t, x_0), which on all steps is DDPM's ancestral sampling [5]; 0 adds no noise, which
-        is DDIM [7]. progress: wraps the iterable of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps.
+        is DDIM [7]. progress: wraps the list of steps, e.g. tqdm. Raises ValueError if steps is not in 1..self.steps.
         """
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
@@ -808,7 +813,7 @@ class GaussianDiffusion(nn.Module):
             x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device)).clamp(-1, 1)
             if s is None:
                 return x0
-            # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2), eps the noise that x0 implies.
+            # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2); x_t and x0 give eps.
             eps = (x - self.signal[t] * x0) / self.noise[t]
             kept = (self.signal[t] / self.signal[s]).square()  # alpha_bar_t / alpha_bar_s
             sigma = eta * self.noise[s] / self.noise[t] * (1 - kept).sqrt()

@@ -119,6 +119,13 @@ def test_tf1_resize_samples_at_destination_times_in_over_out(shape):
     assert np.abs(got.numpy() - numpy_tf1(x)).max() < 1e-4
 
 
+def test_half_pixel_resize_samples_between_pixel_centres():
+    ramp = torch.arange(8, dtype=torch.uint8).expand(9, 8, 8)[..., None].expand(9, 8, 8, 3)
+    row = fvd.preprocess(ramp, "half-pixel", (0, 255))[0, 0, 0]
+    wanted = ((torch.arange(224) + 0.5) * 8 / 224 - 0.5).clamp(0, 7)  # at x the ramp's value is x
+    assert torch.allclose(row, wanted, atol=1e-5)
+
+
 def test_the_two_resizes_differ_by_36_grey_levels_on_noise():
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
     tf1, half = (fvd.preprocess(clip, resize, (0, 255)) for resize in ("tf1", "half-pixel"))

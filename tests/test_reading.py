@@ -19,7 +19,7 @@ def moving_square(t=30, size=32):
     video = np.full((t, size, size, 3), 40, np.uint8)
     video[..., 1] += np.arange(size, dtype=np.uint8) * 3
     for k in range(t):
-        video[k, 8:20, k % (size - 8):k % (size - 8) + 8] = 220
+        video[k, 8:20, k % (size - 8):k % (size - 8) + 8] = 220, 200, 90
     return video
 
 
@@ -143,6 +143,14 @@ def test_noise_in_the_middle_is_refused(tmp_path, suffix):
     data[len(data) // 2:len(data) // 2 + 200] = np.random.default_rng(0).bytes(200)
     path.write_bytes(data)
     assert reason(path)
+
+
+@pytest.mark.parametrize("declared", [0, 4, 6])
+def test_video_that_gives_other_than_it_declares_is_refused(declared):
+    frames = moving_square(5 if declared else 0)
+    video = fvd.Video("a.mp4", lambda: declared, lambda: iter(frames), None)
+    with pytest.raises(UnreadableVideo, match=f"a.mp4: {len(frames)} frames .* {declared} it declares"):
+        list(read_frames(video))
 
 
 def test_text_and_empty_files_are_refused(tmp_path):
