@@ -96,17 +96,24 @@ class SelectiveScan(torch.autograd.Function):
     CHUNK = 16  # frames from one stored state to the next: they take 1/16 of the memory of all states
 
     @staticmethod
-    def tiles(b, l, n, d, device):
-        """Slices of rows and slices of frames that make a block."""
+    def tiles(b, l, n, d, reverse, device):
+        """Slices of rows and slices of frames that make a block, in the order of the scan."""
         # A CPU is fastest when a block stays in its cache; a GPU wants all rows at once, within a bound on memory.
         most = max(1, (2**16 if device.type == "cpu" else 2**24) // (n * d))
         cut = lambda size, step: [slice(i, min(i + step, size)) for i in range(0, size, step)]
-        return cut(b, most), cut(l, SelectiveScan.CHUNK)
+        frames = cut(l, SelectiveScan.CHUNK)
+        return cut(b, most), frames[::-1] if reverse else frames
 
     @staticmethod
-    def block(x, row, frame, dtype):
-        """One block, time first.    x (b, l, d) -> (k, b, d)"""
-        return x[row, frame].transpose(0, 1).to(dtype).contiguous()
+    def block(x, row, frame, reverse, dtype):
+        """One block, time first, in the order of the scan.    x (b, l, d) -> (k, b, d)"""
+        x = x[row, frame].transpose(0, 1)
+        return (x.flip(0) if reverse else x).to(dtype).contiguous()
+
+    @staticmethod
+    def unblock(x, reverse):
+        """Back to the order of the video.    (k, b, d) -> (b, k, d)"""
+        return (x.flip(0) if reverse else x).transpose(0, 1)
 
     @staticmethod
     def recur(states, decay, u, dt, B, A):
@@ -118,11 +125,11 @@ class SelectiveScan(torch.autograd.Function):
             states[k + 1].addcmul_(decay[k], states[k])
 
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, initial_state):
-        (b, l, d), n = u.shape, A.shape[1]
+    def forward(ctx, u, dt, A, B, C, D, initial_state, reverse):
+        (b, l, d), n, block, unblock = u.shape, A.shape[1], SelectiveScan.block, SelectiveScan.unblock
         dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
         A_nd = A.T.to(dtype).contiguous()  # (n, d)
-        rows, frames = SelectiveScan.tiles(b, l, n, d, u.device)
+        rows, frames = SelectiveScan.tiles(b, l, n, d, reverse, u.device)
         room = u.new_empty(2, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         starts = u.new_empty(len(frames), b, n, d, dtype=dtype)  # the state before each chunk
         last_state = u.new_empty(b, d, n, dtype=dtype)
@@ -132,16 +139,17 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 state = initial_state[row].transpose(1, 2)  # (b, n, d)
                 for i, frame in enumerate(frames):
-                    u_k, dt_k, B_k, C_k = (SelectiveScan.block(x, row, frame, dtype) for x in (u, dt, B, C))
+                    u_k, dt_k, B_k, C_k = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C))
                     states, decay = room[0, : len(u_k) + 1, : len(state)], room[1, : len(u_k), : len(state)]
                     states[0] = starts[i, row] = state
                     SelectiveScan.recur(states, decay, u_k, dt_k, B_k, A_nd)
                     y_k = (C_k[:, :, None] @ states[1:]).squeeze(2)  # (k, b, d)
-                    y[row, frame] = y_k.addcmul_(D, u_k).transpose(0, 1)
+                    y[row, frame] = unblock(y_k.addcmul_(D, u_k), reverse)
                     state = states[-1]
                 last_state[row] = state.transpose(1, 2)
 
         ctx.save_for_backward(u, dt, A, B, C, D, starts)
+        ctx.reverse = reverse
         return y, last_state
 
     @staticmethod
@@ -151,9 +159,10 @@ class SelectiveScan(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("selective_scan can be differentiated once: take selective_scan_loop for more")
         u, dt, A, B, C, D, starts = ctx.saved_tensors
-        (b, l, d), n, dtype = u.shape, A.shape[1], starts.dtype
+        (b, l, d), n, dtype, reverse = u.shape, A.shape[1], starts.dtype, ctx.reverse
+        block, unblock = SelectiveScan.block, SelectiveScan.unblock
         A_nd = A.T.to(dtype).contiguous()  # (n, d)
-        rows, frames = SelectiveScan.tiles(b, l, n, d, u.device)
+        rows, frames = SelectiveScan.tiles(b, l, n, d, reverse, u.device)
         room = u.new_empty(3, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
         dA, dD = torch.zeros_like(A_nd), torch.zeros(d, dtype=dtype, device=u.device)
@@ -163,7 +172,7 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 carry = dlast_state[row].transpose(1, 2)  # exp(dt_{k+1} A) g_{k+1}, (b, n, d)
                 for i, frame in reversed(list(enumerate(frames))):
-                    u_k, dt_k, B_k, C_k, dy_k = (SelectiveScan.block(x, row, frame, dtype) for x in (u, dt, B, C, dy))
+                    u_k, dt_k, B_k, C_k, dy_k = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C, dy))
                     states = room[0, : len(u_k) + 1, : len(carry)]
                     decay, g = room[1:, : len(u_k), : len(carry)]
                     states[0] = starts[i, row]
@@ -173,26 +182,27 @@ class SelectiveScan(torch.autograd.Function):
                     for k in reversed(range(1, len(u_k))):
                         g[k - 1].addcmul_(decay[k], g[k])
                     dinput = (B_k[:, :, None] @ g).squeeze(2)  # the gradient of dt*u, (k, b, d)
-                    dB[row, frame] = ((dt_k * u_k)[:, :, None] @ g.mT).squeeze(2).transpose(0, 1)
-                    dC[row, frame] = (dy_k[:, :, None] @ states[1:].mT).squeeze(2).transpose(0, 1)
-                    du[row, frame] = (dt_k * dinput + D * dy_k).transpose(0, 1)
+                    dB[row, frame] = unblock(((dt_k * u_k)[:, :, None] @ g.mT).squeeze(2), reverse)
+                    dC[row, frame] = unblock((dy_k[:, :, None] @ states[1:].mT).squeeze(2), reverse)
+                    du[row, frame] = unblock(dt_k * dinput + D * dy_k, reverse)
                     dD += (dy_k * u_k).sum((0, 1))
                     w = decay.mul_(g)
                     carry = w[0].clone()
                     w *= states[:-1]
-                    ddt[row, frame] = (u_k * dinput + torch.mul(w, A_nd, out=g).sum(2)).transpose(0, 1)
+                    ddt[row, frame] = unblock(u_k * dinput + torch.mul(w, A_nd, out=g).sum(2), reverse)
                     dA += w.mul_(dt_k[:, :, None]).sum((0, 1))
                 dinitial_state[row] = carry.transpose(1, 2)
-        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial_state
+        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial_state, None
 
 
 @torch.compiler.disable
-def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False):
+def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False, reverse=False):
     """The selective scan in linear memory.    u, dt (b, l, d), A (d, n), B, C (b, l, n), D (d) -> y (b, l, d)
 
     The same function as `selective_scan_loop`, with the same arguments and gradients. The state is float32 (float64 for
     a float64 A), also for bfloat16 and float16 inputs and under autocast. Kept for the backward pass: the inputs and
-    one state per 16 frames. Differentiable once; a second derivative raises RuntimeError.
+    one state per 16 frames. `reverse` walks from the last frame to the first, as if all sequences were flipped, without
+    copies of them. Differentiable once; a second derivative raises RuntimeError.
     Needs: SelectiveScan.
     """
     b, l, d = u.shape
@@ -200,7 +210,7 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
         D = torch.zeros(d, dtype=A.dtype, device=u.device)
     if initial_state is None:
         initial_state = torch.zeros(b, d, A.shape[1], dtype=A.dtype, device=u.device)
-    y, last_state = SelectiveScan.apply(u, dt, A, B, C, D, initial_state)
+    y, last_state = SelectiveScan.apply(u, dt, A, B, C, D, initial_state, reverse)
     return (y, last_state) if return_last_state else y
 
 
@@ -252,13 +262,18 @@ class S4D(nn.Module):
         real = coarse.real.mT @ fine.real - coarse.imag.mT @ fine.imag  # (d, q, q)
         return 2 * real.flatten(1)[:, :l].to(self.D.dtype)
 
-    def forward(self, u):
-        l = u.shape[1]
-        u32 = u.to(self.D.dtype)  # the FFT knows no bfloat16
-        # Length 2l: the FFT's convolution is circular, and the padding keeps its end from touching its beginning.
-        spectrum = torch.fft.rfft(u32, n=2 * l, dim=1) * torch.fft.rfft(self.kernel(l), n=2 * l).T  # (b, l + 1, d)
-        y = torch.fft.irfft(spectrum, n=2 * l, dim=1)[:, :l] + self.D * u32
-        return y.to(u.dtype)
+    def forward(self, u, reverse=False):
+        """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first."""
+        l, u_dl = u.shape[1], u.to(self.D.dtype).mT  # (b, d, l); the FFT knows no bfloat16
+        K = self.kernel(l)
+        if l <= 64:  # the convolution is one l x l matrix per channel, faster than an FFT
+            T = F.pad(K, (l - 1, 0)).unfold(1, l, 1).flip(2)  # T[i, j] = K[i - j], (d, l, l)
+            y = torch.einsum("dji,bdj->bdi" if reverse else "dij,bdj->bdi", T, u_dl)
+        else:
+            # Length 2l: the FFT's convolution is circular, and the padding keeps its end from touching its beginning.
+            K_f = torch.fft.rfft(K, n=2 * l)  # (d, l + 1)
+            y = torch.fft.irfft(torch.fft.rfft(u_dl, n=2 * l) * (K_f.conj() if reverse else K_f), n=2 * l)[..., :l]
+        return (y + self.D[:, None] * u_dl).mT.to(u.dtype)
 
     def initial_state(self, b):
         """The state before the first frame.    -> (b, d, n/2), complex"""
@@ -308,9 +323,10 @@ class S6(nn.Module):
         dt, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
         return F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log), B, C
 
-    def forward(self, u):
+    def forward(self, u, reverse=False):
+        """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first."""
         dt, A, B, C = self.parameters_of(u)
-        return selective_scan(u, dt, A, B, C, self.D)
+        return selective_scan(u, dt, A, B, C, self.D, reverse=reverse)
 
     def initial_state(self, b):
         """The state before the first frame.    -> (b, d, n)"""
@@ -420,11 +436,6 @@ class LinearAttention(nn.Module):
         return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
 
 
-def backward_in_time(layer, u):
-    """Run a causal layer over the reversed frames.    u (b, l, d) -> (b, l, d)"""
-    return layer(u.flip(1)).flip(1)
-
-
 class GLU(nn.Module):
     """A core, an activation, and a gated linear unit.    u (b, l, d) -> (b, l, d)"""
 
@@ -432,14 +443,14 @@ class GLU(nn.Module):
         super().__init__()
         self.core, self.proj = core, nn.Linear(d, 2 * d)
 
-    def forward(self, u):
-        return F.glu(self.proj(self.core.activation(self.core(u))), dim=-1)
+    def forward(self, u, reverse=False):
+        return F.glu(self.proj(self.core.activation(self.core(u, reverse))), dim=-1)
 
 
 class GLUBlock(nn.Module):
     """One GLU core each way, summed; then an MLP unless `mlp` is None.    x (b, l, d) -> (b, l, d)
 
-    With S4D cores and an MLP it is the layer of the first paper, [1] v1. Needs: GLU, backward_in_time.
+    With S4D cores and an MLP it is the layer of the first paper, [1] v1. Needs: GLU.
     """
 
     def __init__(self, core, d, bidirectional=True, mlp=None):
@@ -451,14 +462,14 @@ class GLUBlock(nn.Module):
     def forward(self, x):
         y = self.ahead(x)
         if self.back is not None:
-            y = y + backward_in_time(self.back, x)
+            y = y + self.back(x, reverse=True)
         return self.mlp(y)
 
 
 class MLPBlock(nn.Module):
     """One bare core each way, concatenated, then an MLP.    x (b, l, d) -> (b, l, d)
 
-    An ablation of [1]. Needs: backward_in_time.
+    An ablation of [1].
     """
 
     def __init__(self, core, d, bidirectional=True, mlp=512):
@@ -471,7 +482,7 @@ class MLPBlock(nn.Module):
     def forward(self, x):
         y = self.ahead(x)
         if self.back is not None:
-            y = torch.cat([y, backward_in_time(self.back, x)], dim=-1)  # (b, l, 2d)
+            y = torch.cat([y, self.back(x, reverse=True)], dim=-1)  # (b, l, 2d)
         return self.fc2(F.gelu(self.fc1(F.gelu(y))))
 
 
@@ -479,7 +490,6 @@ class GatedBlock(nn.Module):
     """The product of both ways, gated by a shortcut.    x (b, l, d) -> (b, l, d)
 
     GSS when forward-only, BiGS when bidirectional [12]; `wide` is the width of the gate. An ablation of [1].
-    Needs: backward_in_time.
     """
 
     def __init__(self, core, d, bidirectional=True, wide=512):
@@ -496,25 +506,29 @@ class GatedBlock(nn.Module):
     def forward(self, x):
         y = self.ahead_out(self.ahead(F.gelu(self.ahead_in(x))))
         if self.back is not None:
-            y = y * self.back_out(backward_in_time(self.back, F.gelu(self.back_in(x))))
+            y = y * self.back_out(self.back(F.gelu(self.back_in(x)), reverse=True))
         return self.out(F.gelu(self.shortcut(x)) * F.gelu(self.gate(y)))
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over the last `width` frames.    u (b, l, d) -> (b, l, d)"""
+    """Depthwise convolution over a frame and the `width` - 1 before it.    u (b, l, d) -> (b, l, d)
+
+    `reverse` takes the frames after it instead, the nearest with the same weight.
+    """
 
     def __init__(self, d, width=4):
         super().__init__()
         conv = nn.Conv1d(d, d, width, groups=d)  # for its initialisation
         self.weight, self.bias = conv.weight, conv.bias  # (d, 1, width), (d)
 
-    def forward(self, u):
+    def forward(self, u, reverse=False):
         # `width` shifted products: several times faster than a depthwise Conv1d, which wants time innermost.
         width = self.weight.shape[-1]
-        past = F.pad(u, (0, 0, width - 1, 0))  # (b, l + width - 1, d)
+        padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0))  # (b, l + width - 1, d)
+        taps = self.weight[:, 0].flip(1) if reverse else self.weight[:, 0]  # (d, width)
         y = self.bias
         for j in range(width):
-            y = y + past[:, j : j + u.shape[1]] * self.weight[:, 0, j]
+            y = y + padded[:, j : j + u.shape[1]] * taps[:, j]
         return y
 
 
@@ -524,7 +538,7 @@ class MambaBlock(nn.Module):
         u, z = W_in x        y = SSM(silu(conv(u))) + the same on reversed frames        out = W_out (y * silu(z))
 
     Input projection, gate and output projection are shared by both ways. With an S6 core it is the layer of the final
-    paper, [1] v4. Needs: CausalConv, backward_in_time.
+    paper, [1] v4. Needs: CausalConv.
     """
 
     def __init__(self, core, d, bidirectional=True, expand=2):
@@ -540,7 +554,7 @@ class MambaBlock(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, 2d) each
         y = self.ahead(F.silu(self.ahead_conv(u)))
         if self.back is not None:
-            y = y + backward_in_time(lambda v: self.back(F.silu(self.back_conv(v))), u)
+            y = y + self.back(F.silu(self.back_conv(u, reverse=True)), reverse=True)
         return self.out_proj(y * F.silu(z))
 
 

@@ -1,5 +1,6 @@
 """The metric: the network by golden numbers, the distance by theorems, the command by vandalism."""
 import ast
+import inspect
 import json
 import socket
 import sys
@@ -390,6 +391,9 @@ def test_download_verifies_and_then_appears_whole(published_state, tmp_path):
     assert fvd.download_weights(target, published_state.as_uri()) == target
     assert target.read_bytes() == published_state.read_bytes()
     assert fvd.download_weights(target, "file:///nowhere") == target  # it is there already
+    target.write_bytes(b"half a file")
+    fvd.download_weights(target, published_state.as_uri())
+    assert target.read_bytes() == published_state.read_bytes()
 
 
 def test_failed_download_leaves_nothing(published_state, tmp_path):
@@ -434,6 +438,14 @@ def test_command_prints_the_number_with_all_it_depends_on(fast, sets, capsys, tm
         assert word in out
     assert "FVD" not in out and "FVD" not in (tmp_path / "o.json").read_text()
     assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
+
+
+def test_command_runs_i3d_itself(capsys, tmp_path):
+    np.save(tmp_path / "a.npy", noise(2, t=9, seed=1))
+    np.save(tmp_path / "b.npy", noise(2, t=9, seed=2, high=128))
+    options = ("--features", "random", "--frames", 9)
+    same, other = (score(capsys, tmp_path / "a.npy", tmp_path / f"{name}.npy", *options) for name in "ab")
+    assert float(same.split()[1]) < 1e-9 < 0.1 < float(other.split()[1])
 
 
 def test_command_equals_the_library(fast, sets, capsys, tmp_path):
@@ -551,7 +563,7 @@ def test_verified_weights_give_fvd_and_unknown_ones_a_warning(sets, capsys, monk
 
 
 @pytest.mark.parametrize("change, word", [
-    (["--frames", "8"], "9"), (["--frames", "x"], "whole number"), (["--batch", "0"], "at least 1"),
+    (["--frames", "8"], "halves time"), (["--frames", "x"], "whole number"), (["--batch", "0"], "at least 1"),
     (["--clips-per-video", "-1"], "at least 1"), (["--protocol", "none"], "standard"),
     (["--bootstrap", "1"], "at least 2")])
 def test_wrong_arguments_are_explained(sets, capsys, change, word):
@@ -569,7 +581,8 @@ def test_wrong_input_gets_one_sentence_and_status_2(fast, sets, capsys, tmp_path
     random = ("--features", "random")
     for args, word in [
             ((tmp_path / "nowhere", fake), "no such"), ((tmp_path / "empty", fake), "no video"),
-            ((real, tmp_path / "one.npy"), "at least 2"), ((real, tmp_path / "short.npy"), "5 short"),
+            ((real, tmp_path / "one.npy"), "needs 2"), ((real, tmp_path / "short.npy"), "5 short"),
+            ((real, tmp_path / "short.npy", "--frames", 9), "5 short"),
             ((real, tmp_path / "bad.npy"), "1 unreadable"), ((real, fake, "--device", "cuda:77"), "--device"),
             ((real, fake, "--device", "toaster"), "--device cpu"),
             ((real, fake, "--json", tmp_path / "no" / "o.json"), "folder"),
@@ -577,6 +590,22 @@ def test_wrong_input_gets_one_sentence_and_status_2(fast, sets, capsys, tmp_path
             ((real, fake, "--cache", real / "c.npz"), "REAL"), ((real, fake, "--json", tmp_path), "folder"),
             ((real, fake, "--weights", fake), "--features random")]:
         assert word in score(capsys, *args, *random, rc=2), args
+
+
+@pytest.mark.parametrize("pieces", [
+    "frechet_distance", "kernel_distance", "resize_tf1", "preprocess resize_tf1",
+    "video_features preprocess resize_tf1", "same_pad", "Unit3D same_pad", "I3D same_pad Unit3D"])
+def test_pieces_can_be_pasted_with_what_they_name_as_needed(pieces):
+    notebook = {"torch": torch, "nn": nn, "F": F}
+    piece, *needs = pieces.split()
+    for name in pieces.split():
+        exec(inspect.getsource(getattr(fvd, name)), notebook)
+    assert all(name in getattr(fvd, piece).__doc__.split("Needs:")[1] for name in needs)
+    calls = {"frechet_distance": (normal(5, 3), normal(5, 3)), "kernel_distance": (normal(5, 3), normal(4, 3)),
+             "resize_tf1": (torch.rand(2, 8, 8),), "preprocess": (torch.from_numpy(noise(1)[0]), "tf1"),
+             "video_features": (noise(2), Pixels(), "tf1"), "Unit3D": (3, 4), "I3D": (),
+             "same_pad": (torch.rand(1, 1, 5, 5, 5), (3, 3, 3), (2, 2, 2))}
+    assert notebook[piece](*calls[piece]) is not None
 
 
 def test_file_imports_nothing_of_the_project():

@@ -101,6 +101,14 @@ def test_s4d_convolution_equals_recurrence(l):
     assert relative_error(layer(u), torch.stack(ys, 1)) < 1e-12
 
 
+@pytest.mark.parametrize("core", [S4D, S6, vdm_ssm.CausalConv])
+@pytest.mark.parametrize("l", [1, 9, 64, 65])
+def test_reverse_is_the_core_between_two_flips(core, l):
+    torch.manual_seed(0)
+    layer, u = core(6).double(), torch.randn(2, l, 6, dtype=torch.float64)
+    assert relative_error(layer(u, reverse=True), layer(u.flip(1)).flip(1)) < 1e-12
+
+
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
     torch.manual_seed(0)
     layer = S4D(8, n=32, dt_min=1e-4, dt_max=1e-3)

@@ -108,18 +108,16 @@ def test_frames_are_decoded_only_as_they_are_taken(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ damage
 
 @pytest.mark.parametrize("suffix", [*CODECS, ".gif"])
-@pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7, 0.9, 0.97])
-def test_truncated_file_gives_all_its_frames_or_is_refused(tmp_path, suffix, part):
-    whole = write(tmp_path / f"whole{suffix}", moving_square())
-    data = whole.read_bytes()
-    cut = tmp_path / f"cut{suffix}"
-    cut.write_bytes(data[:int(part * len(data))])
-    try:
-        got = read_one(cut)
-    except UnreadableVideo as error:
-        assert error.reason
-    else:
-        assert np.array_equal(got, read_one(whole))
+def test_truncated_file_gives_all_its_frames_or_is_refused(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", moving_square())
+    data, whole, refused = path.read_bytes(), read_one(path), 0
+    for part in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
+        path.write_bytes(data[:int(part * len(data))])
+        try:
+            assert np.array_equal(read_one(path), whole)
+        except UnreadableVideo:
+            refused += 1
+    assert refused >= 3
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".webm"])
@@ -136,13 +134,19 @@ def test_gif_cut_between_two_frames_is_refused(tmp_path):
     assert "truncated" in reason(path)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-def test_noise_in_the_middle_is_refused(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", moving_square(60, size=64))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2:len(data) // 2 + 200] = np.random.default_rng(0).bytes(200)
-    path.write_bytes(data)
-    assert reason(path)
+@pytest.mark.parametrize("suffix", [*CODECS, ".gif"])
+def test_noise_in_a_file_never_shortens_the_video(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", moving_square())
+    clean, refused = path.read_bytes(), 0
+    for part in (0.2, 0.35, 0.5, 0.65, 0.8):  # decoders may paint over it, and say nothing
+        data, start = bytearray(clean), int(part * len(clean))
+        data[start:start + 100] = np.random.default_rng(0).bytes(100)
+        path.write_bytes(data)
+        try:
+            assert len(read_one(path)) == 30
+        except UnreadableVideo:
+            refused += 1
+    assert refused or suffix not in (".mp4", ".mov", ".webm")
 
 
 @pytest.mark.parametrize("declared", [0, 4, 6])
@@ -231,10 +235,11 @@ def test_damaged_image_is_named(tmp_path):
         read(folder)
 
 
-def test_pictures_beside_videos_are_not_videos(tmp_path):
-    write_images(tmp_path, ["sheet.png"])
-    write(tmp_path / "a.gif", moving_square(3))
-    assert find_videos(tmp_path) == [tmp_path / "a.gif"]
+def test_pictures_beside_or_above_videos_are_not_videos(tmp_path):
+    write_images(tmp_path, ["preview.png"])
+    write_images(tmp_path / "videos", ["sheet_1.png", "sheet_2.png"])
+    write(tmp_path / "videos/a.gif", moving_square(3))
+    assert find_videos(tmp_path) == [tmp_path / "videos/a.gif"]
 
 
 def test_grey_alpha_palette_bilevel_and_16_bit_images_become_rgb(tmp_path):
@@ -387,7 +392,8 @@ def test_named_pipe_and_dangling_link_are_named_and_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "frames").mkdir()
-    os.mkfifo(tmp_path / "frames/0.png")
+    for k in range(2):
+        os.mkfifo(tmp_path / f"frames/{k}.png")
     frames, lost, pipe = find_videos(tmp_path)
     assert "link" in reason(lost) and "pipe" in reason(pipe) and "pipe" in reason(frames)
 

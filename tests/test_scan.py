@@ -72,6 +72,19 @@ def test_huge_inputs_stay_finite_and_linear():
     assert torch.equal(big, y * 2.0**60)
 
 
+@pytest.mark.parametrize("l", [1, CHUNK, 2 * CHUNK + 3])
+def test_reverse_is_the_scan_between_two_flips(l):
+    def between_flips(u, dt, A, B, C, D, initial_state, return_last_state):
+        u, dt, B, C = (x.flip(1) for x in (u, dt, B, C))
+        y, state = selective_scan(u, dt, A, B, C, D, initial_state, True)
+        return y.flip(1), state
+
+    args = inputs(l=l)
+    in_reverse = outputs_and_gradients(lambda *a, **k: selective_scan(*a, **k, reverse=True), args)
+    for value, reference in zip(in_reverse, outputs_and_gradients(between_flips, args)):
+        assert relative_error(value, reference) < 1e-13
+
+
 @pytest.mark.parametrize("cut", [1, CHUNK - 1, CHUNK, CHUNK + 5])
 def test_a_sequence_in_two_pieces_with_carried_state_is_the_whole(cut):
     def in_pieces(u, dt, A, B, C, D, initial_state, return_last_state):
