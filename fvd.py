@@ -5,8 +5,13 @@
     python fvd.py REAL FAKE --features random                   no weights at hand: FD-random, not FVD
     python fvd.py REAL FAKE --protocol paper --json out.json    the numbers as [3] computed them
 
-REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. This file
-needs torch, numpy, tqdm and imageio[ffmpeg,pyav], and nothing else of the project it comes from.
+REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library:
+
+    net = load_i3d("i3d_pretrained_400.pt")                 or random_i3d()
+    frechet_distance(video_features(real, net), video_features(fake, net))
+
+with real and fake uint8 (n, t, h, w, 3). This file needs torch, numpy, tqdm and imageio[pyav], and
+nothing else of the project it comes from.
 
 References
   [1] Unterthiner et al., Towards Accurate Generative Models of Video (FVD), arXiv 1812.01717
@@ -32,8 +37,10 @@ import contextlib
 import functools
 import gc
 import hashlib
+import http.client
 import json
 import os
+import pickle
 import re
 import sys
 import urllib.request
@@ -99,16 +106,18 @@ def naming(name):
         yield
     except UnreadableVideo:
         raise
+    except pickle.UnpicklingError as error:
+        raise UnreadableVideo(name, "it is damaged, or holds other objects than plain tensors") from error
     except Exception as error:  # FFmpeg, Pillow, zip and pickle readers share no narrower class
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableVideo(name, reason.strip().splitlines()[0]) from error
+        raise UnreadableVideo(name, re.split(r"\n|\. ", reason.strip())[0]) from error
 
 
 def find_videos(root):
     """Sources of videos at or below `root`, in natural order.    path -> list of Path
 
-    A source is a file with a suffix above, or a folder whose own files are images and no videos
-    (one video, an image per frame). Links are followed, each folder once; names that begin with a
+    A source is a file with a suffix above, or a folder with several images and none of those files
+    in it (one video, an image per frame). Links are followed, each folder once; names that begin with a
     dot are skipped. Nothing is opened. Raises UnreadableVideo if there is no source."""
     root = Path(root)
     if not os.path.lexists(root):
@@ -125,8 +134,8 @@ def find_videos(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = [Path(folder, name) for name in files if not name.startswith(".")]
         videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES]
-        frames = any(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
-        found += videos or ([Path(folder)] if frames else [])
+        images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
+        found += videos or ([Path(folder)] if images > 1 else [])  # a single one is a preview
         others.update(path.suffix or "suffixless" for path in paths)
     if not found:
         held = ", ".join(f"{k} {suffix}" for suffix, k in others.most_common(5)) or "nothing"
@@ -204,7 +213,7 @@ def rgb8(frame, scale=None):
 @contextlib.contextmanager
 def decoder(path, plugin):
     if not gc.get_freeze_count():
-        gc.freeze()  # imageio collects garbage at each close: 0.1 s, were torch's modules not left out
+        gc.freeze()  # imageio collects garbage at each close: 0.1 s, if torch's modules took part
     # A file, not a path: imageio takes some paths for addresses or for zips.
     with open(path, "rb") as raw, iio.imopen(raw, "r", plugin=plugin) as file:
         yield file
@@ -352,7 +361,7 @@ def float_scale(videos):
 def same_pad(x, kernel, stride):
     """TensorFlow's SAME padding with zeros.    x (n, c, t, h, w) -> (n, c, t', h', w')"""
     pad = []
-    for size, k, s in list(zip(x.shape[2:], kernel, stride))[::-1]:  # F.pad wants the last axis first
+    for size, k, s in list(zip(x.shape[2:], kernel, stride))[::-1]:  # F.pad: the last axis first
         total = max(k - s, 0) if size % s == 0 else max(k - size % s, 0)
         pad += [total // 2, total - total // 2]
     return F.pad(x, pad) if any(pad) else x
@@ -497,9 +506,8 @@ def load_i3d(path, allow_unknown=False):
         raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have the hash of neither "
                          f"published file, so it is truncated or another network; "
                          f"--allow-unknown-weights takes it all the same. {BY_HAND}")
-    if zipfile.is_zipfile(path):
-        if any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            return TorchScriptI3D(path)
+    if zipfile.is_zipfile(path) and any("/code/" in k for k in zipfile.ZipFile(path).namelist()):
+        return TorchScriptI3D(path)
     net = I3D()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -526,9 +534,11 @@ def random_i3d(seed=0):
 
 
 def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
-    """Fetch the state dict to `path` unless it is there: first beside it, then verified, then moved."""
+    """Fetch the state dict beside `path`, verify it, move it there.    -> path
+
+    An intact file that is there already is left alone. Raises ValueError."""
     path = Path(path)
-    if path.exists():
+    if path.exists() and published(path) == STATE_DICT:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -539,10 +549,9 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
                 while block := reply.read(1 << 16):
                     bar.update(out.write(block))
         if published(part) != STATE_DICT:
-            raise ValueError(f"{url}: what came is not {STATE_DICT} (cut off, or a page of a proxy). "
-                             f"{BY_HAND}")
+            raise ValueError(f"{url}: what came is not {STATE_DICT}: cut off, or a proxy's page. {BY_HAND}")
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: the download failed ({error}). {BY_HAND}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -592,8 +601,7 @@ def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
 
 
 @torch.no_grad()
-def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu",
-                   bfloat16=False):
+def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu", bfloat16=False):
     """Features of clips, batch by batch.    iterable of uint8 (t, h, w, 3) -> float64 (n, d)
 
     `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes,
@@ -611,7 +619,7 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 
 
 def windows(length, frames, clips=1, window="random", rng=None):
-    """First frames of at most `clips` different windows, none if the video is too short.    -> list"""
+    """Starts of at most `clips` different windows, none if the video is too short.    -> list"""
     if window == "first":
         return list(range(0, length - frames + 1, frames))[:clips]
     starts = max(length - frames + 1, 0)
@@ -800,10 +808,10 @@ RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
 
 
 def parse(argv):
-    def at_least(low):
+    def at_least(low, why=""):
         def number(text):
-            if not text.lstrip("-").isdecimal() or int(text) < low:
-                raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}")
+            if not text.isdecimal() or int(text) < low:
+                raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}{why}")
             return int(text)
         return number
 
@@ -819,8 +827,8 @@ def parse(argv):
     add("--range", choices=RANGES, help="override the protocol's range into I3D: [-1, 1] or [0, 1]")
     add("--floats", choices=RANGES, help="what float arrays hold: [-1, 1] or [0, 1] (by default: "
         "[0, 1] if all the file's values are within it, else [-1, 1], else refused)")
-    add("--frames", type=at_least(9), default=16, metavar="T", help="frames of a clip, at least 9, "
-        "for I3D halves time three times and then pools two steps (%(default)s)")
+    add("--frames", type=at_least(9, ": I3D halves time three times and then pools two steps, so "
+        "8 frames leave nothing"), default=16, metavar="T", help="of a clip, 9 or more (%(default)s)")
     add("--clips-per-video", type=at_least(1), default=1, metavar="K", help="(%(default)s)")
     add("--window", choices=["random", "first"], default="random", help="(%(default)s)")
     add("--seed", type=at_least(0), default=0, help="of windows and bootstrap (%(default)s)")
@@ -872,7 +880,7 @@ def run(args):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
     if args.cache and Path(args.real).resolve() in Path(args.cache).resolve().parents:
-        raise ValueError(f"--cache {args.cache} lies in REAL and would be taken for a video; put it elsewhere")
+        raise ValueError(f"--cache {args.cache} lies in REAL and would be taken for a video")
     for root in (args.real, args.fake):
         find_videos(root)
     resize, value_range = PROTOCOLS[args.protocol]
@@ -912,13 +920,13 @@ def report_left_out(facts, args):
     for name, reason in facts["unreadable"]:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if short:
-        print(f"left out: {len(short)} videos shorter than --frames {args.frames}, such as {short[0]}",
-              file=sys.stderr)
+        print(f"left out: {len(short)} videos shorter than --frames {args.frames} (9 is the least "
+              f"that I3D takes), such as {short[0]}", file=sys.stderr)
     if args.strict and (short or facts["unreadable"]):
         raise ValueError(f"{facts['path']}: videos were left out, and --strict forbids it")
     if facts["clips"] < 2:
-        raise ValueError(f"{facts['path']}: {facts['clips']} usable clips; a covariance needs at least 2 "
-                         f"(left out: {len(facts['unreadable'])} unreadable, {len(short)} short)")
+        raise ValueError(f"{facts['path']}: {facts['clips']} usable clips, and a covariance needs 2 or "
+                         f"more ({len(facts['unreadable'])} unreadable, {len(short)} short videos)")
 
 
 def show(result):
@@ -950,7 +958,7 @@ def main(argv=None):
         print(f"fvd.py: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # torch's: out of memory, or unknown weights of another kind
-        print(f"fvd.py: {str(error).splitlines()[0]} (if it is memory, lower --batch)", file=sys.stderr)
+        print(f"fvd.py: {str(error).splitlines()[0]} (for memory, lower --batch)", file=sys.stderr)
         return 2
     return 0
 
