@@ -410,7 +410,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        bias = None if self.bias is None else self.bias(x.shape[-2]).to(q.dtype)
+        bias = None if self.bias is None else self.bias(x.shape[-2])[None].to(q.dtype)  # (1, heads, l, l)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale head_dim^-0.5
         return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
 
