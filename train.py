@@ -14,7 +14,7 @@ Map
     2. Folders        videos decoded once into a cache, random windows of them
     3. Pictures       GIFs, contact sheets, arrays for scoring
     4. Checkpoints    all of a run's state in one file, replaced in one go
-    5. The loop
+    5. The loop           and the score of samples by fvd.py, during training
     6. Sampling
     7. The command line
 
@@ -42,7 +42,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fvd import UnreadableVideo, find_videos, open_videos, read_frames
+from fvd import (UnreadableVideo, find_videos, frechet_distance, load_i3d, open_videos, random_i3d, read_frames,
+                 video_features)  # fmt: skip
 from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D
 
 
@@ -346,10 +347,11 @@ def build_cache(sources, size, base):
 class FolderVideos(Dataset):
     """Random windows of the videos below a path.    [i] -> (3, frames, size, size) in [-1, 1]
 
-    Window i is the same in every run with the same seed. Raises BadInput if no video is long enough.
+    Window i is the same in every run with the same seed. `held_out` videos, drawn by the seed, are the "test" split,
+    the others "train". Raises BadInput if no video is long enough, or too few are.
     """
 
-    def __init__(self, path, frames, size, cache, seed):
+    def __init__(self, path, frames, size, cache, seed, split="train", held_out=0):
         self.path, self.frames, self.size, self.seed = path, frames, size, seed
         try:
             sources = find_videos(path)
@@ -368,7 +370,11 @@ class FolderVideos(Dataset):
         if lengths.max() < frames:
             raise BadInput(f"--frames {frames} is more than any video of {path} has: the longest has {lengths.max()}")
         self.too_short = int((lengths < frames).sum())
-        self.videos = np.stack([starts, lengths], axis=1)[lengths >= frames]  # (n, 2)
+        videos = np.stack([starts, lengths], axis=1)[lengths >= frames]  # (n, 2)
+        if len(videos) <= held_out:
+            raise BadInput(f"--eval-videos {held_out} leaves none of the {len(videos)} usable videos for training")
+        order = np.random.default_rng(seed).permutation(len(videos))
+        self.videos = videos[np.sort(order[:held_out] if split == "test" else order[held_out:])]
         self.pixels = None
 
     def why_skipped(self, most=10):
@@ -480,10 +486,12 @@ def make_model(args):
     return UNet3D(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
 
 
-def make_data(args):
+def make_data(args, split="train"):
+    """The data set that a run's arguments describe; "test" is held out from training if the run scores its samples."""
     if args.data == "maze":
-        return MazeVideos("train", args.frames, args.size, args.seed)
-    return FolderVideos(args.data, args.frames, args.size, Path(args.out).parent / "cache", args.seed)
+        return MazeVideos(split, args.frames, args.size, args.seed)
+    held_out = args.eval_videos if args.eval_every else 0
+    return FolderVideos(args.data, args.frames, args.size, Path(args.out).parent / "cache", args.seed, split, held_out)
 
 
 def average_weights(decay):
@@ -511,6 +519,7 @@ def train(args, checkpoint=None):
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_rng_state(checkpoint["rng"], device)
+    score = Score(args, device) if args.eval_every else None
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     parameters = sum(p.numel() for p in model.parameters())
@@ -575,6 +584,11 @@ def train(args, checkpoint=None):
             flush()
             save()
             sample_during_training(args, ema.module, data, out / "samples" / f"step-{step:06d}", device)
+        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+            videos = sample_videos(ema.module, args, args.eval_videos, args.frames, device, args.seed, args.batch)
+            value = score(videos)
+            log.write(json.dumps({"step": step, score.name: value, "videos": args.eval_videos}) + "\n")
+            bar.write(f"step {step}: {score.name} {value:.4g} with {args.eval_videos} videos")
 
     flush()
     save()
@@ -597,6 +611,24 @@ def open_log(path, step):
     kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= step]
     write_whole(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
     return open(path, "a")
+
+
+class Score:
+    """Frechet distance of samples to held-out videos; `name` is FVD with the weights of I3D, else FD-random."""
+
+    def __init__(self, args, device):
+        self.name = "FVD" if args.i3d else "FD-random"
+        self.net = (load_i3d(args.i3d) if args.i3d else random_i3d()).to(device)
+        self.device, data = device, make_data(args, "test")
+        self.real = self.features(to_uint8(data[i][None])[0] for i in range(args.eval_videos))
+
+    def features(self, videos):
+        clips = tqdm(videos, desc="I3D", unit="video", leave=False)
+        return video_features(clips, self.net, device=self.device)  # (n, 400)
+
+    def __call__(self, videos):
+        """uint8 (n, f, h, w, 3) -> float"""
+        return frechet_distance(self.real, self.features(videos))
 
 
 # -----------------------------------------------------------------------------
@@ -651,8 +683,8 @@ def sample(args):
 
 # What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
 SIZED = {
-    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=8, steps=500, lr=1e-3, ema=0.995,
-                sample_every=500),
+    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=600, lr=1e-3, ema=0.995,
+                sample_every=600),
     "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4,
                  ema=0.9995, sample_every=2000),
 }  # fmt: skip
@@ -710,6 +742,10 @@ def training_parser():
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
     run.add_argument("--sample-every", type=positive, help=f"steps from sample to sample ({sized('sample_every')})")
     run.add_argument("--sample-videos", type=positive, default=8, help="videos drawn each time (default 8)")
+    run.add_argument("--eval-every", type=int, default=0, help="steps from score to score (default 0: never)")
+    run.add_argument("--eval-videos", type=positive, default=64, help="samples and held-out videos of a score "
+                     "(default 64); few videos score high, compare equal numbers only")  # fmt: skip
+    run.add_argument("--i3d", metavar="FILE", help="I3D's weights, see fvd.py; without them it is FD-random, not FVD")
     add_sampling_arguments(run)
     return parser
 
@@ -777,6 +813,8 @@ def check(args):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if args.eval_every and args.frames < 9:
+        raise BadInput(f"--eval-every needs --frames 9 or more, the least that I3D takes, not {args.frames}")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
         raise BadInput(f"--sample-steps {args.sample_steps} must be 1 to --diffusion-steps, {args.diffusion_steps}")
     try:

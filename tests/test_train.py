@@ -135,6 +135,24 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
     assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
 
 
+def test_samples_are_scored_against_videos_held_out_from_training(tmp_path, monkeypatch):
+    folder = write_videos(tmp_path / "videos", count=5, frames=9)
+    scored = [*TINY, "--frames", "9", "--data", str(folder), "--eval-every", "2", "--eval-videos", "2"]
+    network = lambda x: x.mean((2, 3, 4))  # stands for I3D, which takes seconds
+    network.to = lambda device: network
+    monkeypatch.setattr(train, "random_i3d", lambda: network)
+    train.main([*scored, "--steps", "3", "--out", "run"])
+    lines = [json.loads(line) for line in open("run/log.jsonl")]
+    scores = {line["step"]: line["FD-random"] for line in lines if "FD-random" in line}
+    assert sorted(scores) == [2, 3] and all(0 < value < 10 for value in scores.values())
+    assert not any("FVD" in line for line in lines)
+    args = train.complete(train.training_parser().parse_args([*scored, "--out", "other"]))
+    kept, held = train.make_data(args, "train").videos, train.make_data(args, "test").videos
+    assert (len(kept), len(held)) == (3, 2) and not set(map(tuple, kept)) & set(map(tuple, held))
+    assert "leaves none" in refuses(*scored, "--eval-videos", 5)
+    assert "9 or more" in refuses(*scored, "--frames", 8)
+
+
 # ---- Data
 
 
