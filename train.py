@@ -7,7 +7,8 @@
     python train.py sample runs/maze --videos 16 --frames 64
 
 A run writes into its own folder (--out): checkpoint.pt, log.jsonl (one line per step), and samples/ with a GIF and a
-contact sheet (a PNG: one row per video, time from left to right) for every --sample-every steps.
+contact sheet (a PNG: one row per video, time from left to right) for every --sample-every steps. Decoded videos are
+kept beside it, in cache/.
 
 Map
     1. The maze       endless videos, drawn by numpy
@@ -18,19 +19,23 @@ Map
     6. Sampling
     7. The command line
 
-Differs from the papers: the average of the weights (EMA) warms up, and the defaults are sized for the device at hand.
-The papers' own settings are all options.
+Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights (EMA) warms
+up, and sizes fit the device at hand. All but the warm-up are options.
 """
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -256,6 +261,8 @@ def maze_video(seed, frames, size):
 class MazeVideos(Dataset):
     """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1]"""
 
+    fingerprint, skipped = "maze", []
+
     def __init__(self, split, frames, size, seed=0):
         self.split, self.frames, self.size, self.first = split, frames, size, seed * 2**32
 
@@ -282,11 +289,11 @@ def to_model_range(video):
 def resize(frames, size):
     """Short side to `size`, antialiased, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)"""
     h, w = frames.shape[1:3]
-    short = min(h, w)
-    if (h, w) != (size, size):
-        x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
-        x = F.interpolate(x, (size * h // short, size * w // short), mode="bilinear", antialias=True)
-        frames = rearrange(x.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
+    if (h, w) == (size, size):
+        return frames
+    x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
+    x = F.interpolate(x, (size * h // min(h, w), size * w // min(h, w)), mode="bilinear", antialias=True)
+    frames = rearrange(x.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
     top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
     return frames[:, top : top + size, left : left + size]
 
@@ -303,11 +310,18 @@ def resized_frames(video, size, batch=64):
         yield resize(np.stack(frames), size)
 
 
-def fingerprint(sources, size):
-    """Changes when a file is added, removed, replaced or touched.    -> 12 hex digits"""
+def fingerprint(root, sources, size):
+    """Changes when a file below `root` is added, removed, replaced or touched.    -> 12 hex digits"""
     files = [f for s in sources for f in ([s] if s.is_file() else sorted(s.iterdir()) if s.is_dir() else [])]
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    return hashlib.sha256(json.dumps([size, [str(s) for s in sources], stats]).encode()).hexdigest()[:12]
+    stats = [(os.path.relpath(f, root), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    names = [os.path.relpath(s, root) for s in sources]
+    return hashlib.sha256(json.dumps([size, names, stats]).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """The order of n videos in an epoch.    -> (n)"""
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def build_cache(sources, size, base):
@@ -317,6 +331,9 @@ def build_cache(sources, size, base):
     """
     videos, skipped = [], []
     base.parent.mkdir(parents=True, exist_ok=True)
+    for left in base.parent.glob("*.part"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            left.unlink(missing_ok=True)
     partial_frames = base.with_suffix(f".{os.getpid()}.part")
     try:
         with open(partial_frames, "wb") as out:
@@ -344,6 +361,15 @@ def build_cache(sources, size, base):
     return description
 
 
+def read_cache(base, size):
+    """The description of an intact cache, else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        description = json.loads(base.with_suffix(".json").read_text())
+        frames = sum(f for _, f in description["videos"])
+        if base.with_suffix(".u8").stat().st_size == frames * size * size * 3:
+            return description
+
+
 class FolderVideos(Dataset):
     """Random windows of the videos below a path.    [i] -> (3, frames, size, size) in [-1, 1]
 
@@ -357,11 +383,10 @@ class FolderVideos(Dataset):
             sources = find_videos(path)
         except UnreadableVideo as error:
             raise BadInput(f"--data {error}") from error
-        self.base = cache / f"{Path(path).stem}-{size}px-{fingerprint(sources, size)}"
-        if self.base.with_suffix(".json").exists():
-            description = json.loads(self.base.with_suffix(".json").read_text())
-        else:
-            description = build_cache(sources, size, self.base)
+        self.fingerprint = fingerprint(path, sources, size)
+        # No dot in the name: with_suffix would take what follows it for a suffix, and the fingerprint with it.
+        self.base = cache / f"{re.sub('[^A-Za-z0-9_-]', '_', Path(path).stem)[:64]}-{size}px-{self.fingerprint}"
+        description = read_cache(self.base, size) or build_cache(sources, size, self.base)
         lengths = np.array([f for _, f in description["videos"]], dtype=int)
         starts = np.cumsum(lengths) - lengths
         self.skipped = description["skipped"]
@@ -388,7 +413,7 @@ class FolderVideos(Dataset):
             flat = np.memmap(self.base.with_suffix(".u8"), dtype=np.uint8, mode="r")
             self.pixels = flat.reshape(-1, self.size, self.size, 3)
         epoch, k = divmod(i, len(self.videos))
-        start, length = self.videos[np.random.default_rng([self.seed, epoch]).permutation(len(self.videos))[k]]
+        start, length = self.videos[epoch_order(self.seed, epoch, len(self.videos))[k]]
         start += np.random.default_rng([self.seed, epoch, k]).integers(length - self.frames + 1)
         return to_model_range(self.pixels[start : start + self.frames])
 
@@ -444,34 +469,46 @@ def write_npz(path, videos):
 
 
 def write_whole(path, write):
-    """Call write(temporary path), then rename it to `path`."""
-    temporary = path.with_name(path.name + ".part")
+    """Call write(temporary path), then rename it to `path`. Raises BadInput if that fails."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise BadInput(f"{path} cannot be written ({error}); what it held before is intact") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path):
+def load_checkpoint(run):
     """A run's folder or its checkpoint file -> dict on the CPU. Raises BadInput."""
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("args", "step", "model", "ema", "optimizer", "rng")}
+        return {key: checkpoint[key] for key in ("args", "step", "data", "model", "ema", "optimizer", "rng")}
     except Exception as error:  # zip, pickle and torch share no narrower class
         raise BadInput(f"{path} is not a checkpoint of train.py, or is damaged ({type(error).__name__})") from error
 
 
+def restore(run, **parts):
+    """Load states into modules and optimisers, given as name=(object, state). Raises BadInput."""
+    for name, (thing, state) in parts.items():
+        try:
+            thing.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"the {name} in the checkpoint of {run} does not fit its arguments: damaged?") from error
+
+
 def rng_state(device):
-    """States of the random generators that the loop uses."""
+    """States of the random generators that the loop uses.    -> dict of tensors"""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
 
 
 def set_rng_state(state, device):
+    """Put the generators where `rng_state` found them."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
@@ -491,7 +528,8 @@ def make_data(args, split="train"):
     if args.data == "maze":
         return MazeVideos(split, args.frames, args.size, args.seed)
     held_out = args.eval_videos if args.eval_every else 0
-    return FolderVideos(args.data, args.frames, args.size, Path(args.out).parent / "cache", args.seed, split, held_out)
+    cache = Path(args.out or default_out(args)).parent / "cache"
+    return FolderVideos(args.data, args.frames, args.size, cache, args.seed, split, held_out)
 
 
 def average_weights(decay):
@@ -504,10 +542,58 @@ def average_weights(decay):
     return update
 
 
+def claim(args):
+    """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
+    base = Path(args.out or default_out(args))
+    numbered = (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
+    for out in [base] if args.out else numbered:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            open(out / "log.jsonl", "x").close()
+            return out
+    raise BadInput(f"--out {base} holds a run: go on with --resume {shlex.quote(str(base))}, or choose another folder")
+
+
+def open_log(path, step):
+    """The log without lines after `step`, opened for more.    -> file, steps that have a score"""
+
+    def step_of(line):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or not ours
+            return int(json.loads(line)["step"])
+        return math.inf
+
+    kept = [line for line in path.read_text(errors="replace").splitlines() if step_of(line) <= step]
+    write_whole(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+    return open(path, "a"), {step_of(line) for line in kept if '"loss"' not in line}
+
+
+def announce(args, out, model, data):
+    """Print what a run will do."""
+    print(f"device      {args.device}" + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""))
+    print(f"model       {args.temporal}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"data        {data}")
+    print(f"videos      {args.frames} frames of {args.size}x{args.size}, {args.batch} x {args.grad_accum} per step")
+    print(f"writes      {out}/checkpoint.pt, log.jsonl, samples/ every {args.sample_every} steps", flush=True)
+
+
+def conclude(args, out, step, data):
+    """Print what a run has written, or how to go on."""
+    quoted = shlex.quote(str(out))
+    if step < args.steps:
+        print(f"stopped after step {step}; go on with: python train.py --resume {quoted}")
+        return
+    print(f"\nwrote {out}/checkpoint.pt")
+    print(f"      {out}/log.jsonl")
+    print(f"      {out}/samples/step-{step:06d}.gif")
+    print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
+    if data.skipped:
+        print(f"skipped {len(data.skipped)} unreadable videos:{data.why_skipped()}")
+    print(f"more: python train.py sample {quoted} --videos 16 --frames {2 * args.frames}")
+
+
 def train(args, checkpoint=None):
     """Run the training loop, from the start or from a checkpoint."""
-    device = torch.device(args.device)
-    out, step = Path(args.out), checkpoint["step"] if checkpoint else 0
+    device, step = torch.device(args.device), 0
     torch.manual_seed(args.seed)
     data = make_data(args)
     model = make_model(args).to(device)
@@ -515,44 +601,17 @@ def train(args, checkpoint=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     diffusion = GaussianDiffusion(model, steps=args.diffusion_steps, target=args.target).to(device)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["data"] != data.fingerprint:
+            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
+        step = checkpoint["step"]
+        restore(args.out, model=(model, checkpoint["model"]), ema=(ema, checkpoint["ema"]),
+                optimizer=(optimizer, checkpoint["optimizer"]))  # fmt: skip
         set_rng_state(checkpoint["rng"], device)
     score = Score(args, device) if args.eval_every else None
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"device      {args.device}" + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""))
-    print(f"model       {args.temporal}, {parameters:,} parameters")
-    print(f"data        {data}")
-    print(f"videos      {args.frames} frames of {args.size}x{args.size}, {args.batch} x {args.grad_accum} per step")
-    print(f"writes      {out}/checkpoint.pt, log.jsonl, samples/ every {args.sample_every} steps")
-
-    def save():
-        state = {"args": vars(args), "step": step, "model": model.state_dict(), "ema": ema.state_dict(),
-                 "optimizer": optimizer.state_dict(), "rng": rng_state(device)}  # fmt: skip
-        write_whole(out / "checkpoint.pt", partial(torch.save, state))
-
-    def flush():
-        """Write the losses since the last call; they must be finite."""
-        if not losses:
-            return
-        values = torch.stack(losses).view(-1, args.grad_accum).mean(1).tolist()  # waits for the device
-        losses.clear()
-        if not all(map(math.isfinite, values)):
-            raise BadInput(f"the loss became {values[-1]} at or before step {step}; the last checkpoint is sound: "
-                           "try a lower --lr")  # fmt: skip
-        rate = (step - first) * per_step / (time.time() - start)
-        for k, value in enumerate(values, start=step - len(values) + 1):
-            log.write(json.dumps({"step": k, "loss": value, "videos_per_second": round(rate, 3)}) + "\n")
-        log.flush()
-        bar.set_postfix_str(f"loss {sum(values) / len(values):.4f}, {rate:.1f} videos/s")
-
-    # Ctrl-C ends the run after the current step; a second one at once.
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    out = Path(args.out) if checkpoint else claim(args)
+    args.out = str(out)
+    log, scored = open_log(out / "log.jsonl", step)
+    announce(args, out, model, data)
 
     # Item i of the run is always the same video, so a resumed run sees what an uninterrupted one would have seen.
     per_step = args.batch * args.grad_accum
@@ -561,10 +620,64 @@ def train(args, checkpoint=None):
         data, args.batch, sampler=range(step * per_step, args.steps * per_step), num_workers=workers,
         pin_memory=device.type == "cuda", generator=torch.Generator(),
     ))  # fmt: skip
-    log, losses = open_log(out / "log.jsonl", step), []
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
-    first, start = step, time.time()
+    losses, clock = [], time.time()  # since the last flush
 
+    # Ctrl-C ends the run after the current step; a second one at once.
+    stop = []
+
+    def interrupt(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        bar.write("stopping after this step; once more stops at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+    def flush():
+        """Write the losses since the last call; they must be finite."""
+        nonlocal clock
+        # Reading the losses waits for the device, so it is not done at every step.
+        values = torch.stack(losses).view(-1, args.grad_accum).mean(1).tolist() if losses else []
+        losses.clear()
+        if not all(map(math.isfinite, values)):
+            raise BadInput(f"the loss became {values[-1]} by step {step}, and was not saved: try a lower --lr")
+        rate = len(values) * per_step / (time.time() - clock)
+        for k, value in enumerate(values, start=step - len(values) + 1):
+            log.write(json.dumps({"step": k, "loss": value, "videos_per_second": round(rate, 3)}) + "\n")
+        log.flush()
+        if values:
+            bar.set_postfix_str(f"loss {sum(values) / len(values):.4f}, {rate:.1f} videos/s")
+        clock = time.time()
+
+    def save():
+        flush()
+        # A loss is computed before its step: it may be finite while the step has ruined the weights.
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise BadInput(f"the weights are not finite after step {step}, and were not saved: try a lower --lr")
+        state = {"args": vars(args), "step": step, "data": data.fingerprint, "model": model.state_dict(),
+                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_state(device)}  # fmt: skip
+        write_whole(out / "checkpoint.pt", partial(torch.save, state))
+
+    def due(every):
+        return step % every == 0 or step == args.steps
+
+    def show():
+        """Samples and score that are due, unless they were written before the run was killed."""
+        nonlocal clock
+        sheet = out / "samples" / f"step-{step:06d}.png"  # written last
+        if due(args.sample_every) and not sheet.exists():
+            sample_during_training(args, ema.module, data, sheet, device)
+        if score and due(args.eval_every) and step not in scored:
+            value = score(sample_videos(ema.module, args, args.eval_videos, args.frames, device, args.seed, args.batch))
+            log.write(json.dumps({"step": step, score.name: value, "videos": args.eval_videos}) + "\n")
+            log.flush()
+            bar.write(f"step {step}: {score.name} {value:.4g} with {args.eval_videos} videos")
+        clock = time.time()
+
+    if checkpoint:
+        show()
+    first, start = step, time.time()
     while step < args.steps and not stop:
         for _ in range(args.grad_accum):
             loss = diffusion.loss(next(batches).to(device, non_blocking=True))
@@ -575,42 +688,19 @@ def train(args, checkpoint=None):
         ema.update_parameters(model)
         step += 1
         bar.update()
-        if step == first + 5:
-            minutes = (args.steps - first) * (time.time() - start) / 5 / 60
-            bar.write(f"time        about {minutes:.1f} minutes, and the samples")
         if step % 10 == 0:
             flush()
-        if step % args.sample_every == 0 or step == args.steps:
-            flush()
+        if step == first + 10:  # flush has waited for the device
+            minutes = (args.steps - step) * (time.time() - start) / 10 / 60
+            bar.write(f"time        about {minutes:.1f} more minutes, and the samples")
+        if due(args.sample_every) or (score and due(args.eval_every)):
             save()
-            sample_during_training(args, ema.module, data, out / "samples" / f"step-{step:06d}", device)
-        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
-            videos = sample_videos(ema.module, args, args.eval_videos, args.frames, device, args.seed, args.batch)
-            value = score(videos)
-            log.write(json.dumps({"step": step, score.name: value, "videos": args.eval_videos}) + "\n")
-            bar.write(f"step {step}: {score.name} {value:.4g} with {args.eval_videos} videos")
+            show()
 
-    flush()
-    save()
+    if step > first:
+        save()
     bar.close()
-    if step < args.steps:
-        print(f"stopped after step {step}; go on with: python train.py --resume {out}")
-        return
-    print(f"\nwrote {out}/checkpoint.pt")
-    print(f"      {out}/log.jsonl")
-    print(f"      {out}/samples/step-{step:06d}.gif")
-    print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
-    if getattr(data, "skipped", None):
-        print(f"skipped {len(data.skipped)} unreadable videos:{data.why_skipped()}")
-    print(f"more: python train.py sample {out} --videos 16 --frames {2 * args.frames}")
-
-
-def open_log(path, step):
-    """The log without lines after `step`, opened for more."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= step]
-    write_whole(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-    return open(path, "a")
+    conclude(args, out, step, data)
 
 
 class Score:
@@ -637,7 +727,7 @@ class Score:
 
 def sample_videos(model, args, count, frames, device, seed, batch, progress=iter):
     """Videos of a network.    -> uint8 (count, frames, size, size, 3), the same for the same seed"""
-    diffusion = GaussianDiffusion(model, steps=args.diffusion_steps, target=args.target).to(device)
+    diffusion = GaussianDiffusion(model, args.diffusion_steps, args.target).to(device)
     videos = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -659,23 +749,29 @@ def sample(args):
     """Draw videos from a checkpoint, without its data."""
     checkpoint = load_checkpoint(args.run)
     run = argparse.Namespace(**checkpoint["args"])
+    run.device, run.frames, run.eval_every = args.device, args.frames or run.frames, 0
     for name in ("size", "sample_steps", "eta", "fps"):
         if getattr(args, name) is not None:
             setattr(run, name, getattr(args, name))
+    check(run)
     device = torch.device(args.device)
     model = AveragedModel(make_model(run))
-    model.load_state_dict(checkpoint["ema"])
-    out = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "sampled")
-    frames = args.frames or run.frames
-    print(f"{args.videos} videos, {frames} frames of {run.size}x{run.size}, {run.sample_steps} steps each, on {device}")
-    videos = sample_videos(model.module.to(device), run, args.videos, frames, device, args.seed, args.batch, tqdm)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, video in enumerate(videos):
-        write_gif(out / f"{i:04d}.gif", video[None], run.fps)
-    write_sheet(out / "sheet.png", videos[:16])
+    restore(args.run, ema=(model, checkpoint["ema"]))
+    base = Path(args.run) / "sampled" if Path(args.run).is_dir() else Path(args.run).parent / "sampled"
+    numbered = (base if i == 1 else base.with_name(f"sampled-{i}") for i in itertools.count(1))
+    out = Path(args.out) if args.out else next(path for path in numbered if not path.exists())
+    if (out / "videos.npz").exists():
+        raise BadInput(f"--out {out} holds samples already: choose another folder")
+    (out / "gif").mkdir(parents=True, exist_ok=True)
+    print(f"{args.videos} x {run.frames} frames of {run.size}x{run.size}, {run.sample_steps} steps each, on {device}")
+    videos = sample_videos(model.module.to(device), run, args.videos, run.frames, device, args.seed, args.batch, tqdm)
     write_whole(out / "videos.npz", partial(write_npz, videos=videos))
-    print(f"wrote {out}/videos.npz    (uint8 {videos.shape}: n, frames, height, width, RGB; what fvd.py scores)")
-    print(f"      {out}/sheet.png, and {len(videos)} GIFs")
+    write_sheet(out / "sheet.png", videos[:16])
+    for i, video in enumerate(videos):
+        write_gif(out / "gif" / f"{i:04d}.gif", video[None], run.fps)
+    print(f"wrote {out}/videos.npz    (uint8 {videos.shape}: n, frames, height, width, RGB; score it with fvd.py)")
+    print(f"      {out}/sheet.png")
+    print(f"      {out}/gif/")
 
 
 # -----------------------------------------------------------------------------
@@ -683,8 +779,8 @@ def sample(args):
 
 # What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
 SIZED = {
-    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=600, lr=1e-3, ema=0.995,
-                sample_every=600),
+    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=450, lr=1e-3, ema=0.995,
+                sample_every=450),
     "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4,
                  ema=0.9995, sample_every=2000),
 }  # fmt: skip
@@ -696,22 +792,52 @@ def default_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+class Parser(argparse.ArgumentParser):
+    """Complains in one sentence, by BadInput."""
+
+    def error(self, message):
+        raise BadInput(f"{message}; python {self.prog} --help lists all options")
 
 
-def add_sampling_arguments(group):
-    group.add_argument("--sample-steps", type=positive, help="denoising steps per sample (default 50)")
-    group.add_argument("--eta", type=float, help="noise added while sampling: 0 is DDIM, 1 DDPM (default 0)")
-    group.add_argument("--fps", type=float, help="frames per second of the GIFs (default 8)")
+def within(kind, low, high):
+    """A reader of numbers, int or float, from low to high."""
+
+    def read(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high:  # false for nan
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
+
+    return read
+
+
+positive = within(int, 1, 10**9)
+
+
+def multiples(text):
+    """"1,2,4" -> [1, 2, 4]"""
+    try:
+        return [positive(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,2,4") from None
+
+
+def add_sampling_arguments(group, steps, eta, fps):
+    """Options of every sampler, with what to say of their defaults."""
+    group.add_argument("--sample-steps", type=positive, help=f"denoising steps per sample (default {steps})")
+    group.add_argument("--eta", type=within(float, 0, 1), help=f"noise in sampling: 0 DDIM, 1 DDPM (default {eta})")
+    group.add_argument("--fps", type=within(float, 0.1, 100), help=f"frames per second of the GIFs (default {fps})")
 
 
 def training_parser():
-    sized = lambda name: f"default {SIZED['cuda'][name]} on a GPU, {SIZED['cpu'][name]} else"
-    parser = argparse.ArgumentParser(
+    """Options of training; what depends on the device has no default yet."""
+
+    def sized(name):
+        gpu, cpu = (str(SIZED[kind][name]).strip("[]").replace(", ", ",") for kind in ("cuda", "cpu"))
+        return f"default {gpu} on a GPU, else {cpu}"
+
+    parser = Parser(
         prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
         epilog="python train.py sample --help    tells how to draw videos from a checkpoint",
     )  # fmt: skip
@@ -720,7 +846,8 @@ def training_parser():
                       "arrays or image sequences (default maze)")  # fmt: skip
     data.add_argument("--size", type=positive, help=f"height and width in pixels ({sized('size')})")
     data.add_argument("--frames", type=positive, help=f"frames per video ({sized('frames')})")
-    data.add_argument("--workers", type=int, help="processes that prepare data (default 0 on a CPU, else up to 8)")
+    data.add_argument("--workers", type=within(int, 0, 1024),
+                      help="processes that prepare data (default 0 on a CPU, else up to 8)")  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--temporal", default="bi-mamba", metavar="NAME",
                        help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
@@ -733,43 +860,47 @@ def training_parser():
     loop.add_argument("--steps", type=positive, help=f"optimiser steps in all ({sized('steps')})")
     loop.add_argument("--batch", type=positive, help=f"videos per backward pass ({sized('batch')})")
     loop.add_argument("--grad-accum", type=positive, default=1, help="backward passes per step (default 1)")
-    loop.add_argument("--lr", type=float, help=f"Adam's learning rate ({sized('lr')})")
-    loop.add_argument("--ema", type=float, help=f"decay per step of the averaged weights ({sized('ema')})")
-    loop.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
+    loop.add_argument("--lr", type=within(float, 1e-12, 10), help=f"Adam's learning rate ({sized('lr')})")
+    loop.add_argument("--ema", type=within(float, 0, 1), help=f"decay of the averaged weights ({sized('ema')})")
+    loop.add_argument("--seed", type=within(int, 0, 2**31 - 1), default=0,
+                      help="of weights, data order and noise (default 0)")  # fmt: skip
     loop.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="folder of the run (default runs/ and the data's name, numbered if taken)")
-    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
+    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its arguments; only "
+                     "steps, workers, device, data's place and samples may change")  # fmt: skip
     run.add_argument("--sample-every", type=positive, help=f"steps from sample to sample ({sized('sample_every')})")
     run.add_argument("--sample-videos", type=positive, default=8, help="videos drawn each time (default 8)")
-    run.add_argument("--eval-every", type=int, default=0, help="steps from score to score (default 0: never)")
+    run.add_argument("--eval-every", type=within(int, 0, 10**9), default=0,
+                     help="steps from score to score (default 0: never)")  # fmt: skip
     run.add_argument("--eval-videos", type=positive, default=64, help="samples and held-out videos of a score "
                      "(default 64); few videos score high, compare equal numbers only")  # fmt: skip
     run.add_argument("--i3d", metavar="FILE", help="I3D's weights, see fvd.py; without them it is FD-random, not FVD")
-    add_sampling_arguments(run)
+    add_sampling_arguments(run, 50, 0, 8)
     return parser
 
 
 def sampling_parser():
-    parser = argparse.ArgumentParser(prog="train.py sample", description="Draw videos from a checkpoint.")
+    """Options of sampling."""
+    parser = Parser(prog="train.py sample", description="Draw videos from a checkpoint.")
     parser.add_argument("run", help="folder of a run, or its checkpoint.pt")
     parser.add_argument("--videos", type=positive, default=8, help="how many (default 8)")
     parser.add_argument("--frames", type=positive, help="frames per video, any number (default: as trained)")
     parser.add_argument("--size", type=positive, help="height and width in pixels (default: as trained)")
     parser.add_argument("--batch", type=positive, default=8, help="videos drawn at a time (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of the noise (default 0)")
     parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best)")
-    parser.add_argument("--out", help="folder to write to (default RUN/sampled)")
-    add_sampling_arguments(parser)
+    parser.add_argument("--out", help="folder to write to (default RUN/sampled, numbered if taken)")
+    add_sampling_arguments(parser, *["that of the run"] * 3)
     return parser
 
 
-def multiples(text):
-    return [positive(part) for part in text.split(",")]
+def default_out(args):
+    return Path("runs") / (Path(args.data).stem or "videos")
 
 
 def complete(args):
-    """Fill in what depends on the device, and give the run a folder."""
+    """Fill in what depends on the device."""
     args.device = args.device or default_device()
     sized = SIZED["cuda" if args.device.startswith("cuda") else "cpu"]
     for name, value in {**sized, "sample_steps": 50, "eta": 0.0, "fps": 8.0}.items():
@@ -777,42 +908,48 @@ def complete(args):
             setattr(args, name, value)
     if args.data != "maze":
         args.data = str(Path(args.data).resolve())
-    if args.out is None:
-        base = Path("runs") / Path(args.data).stem
-        numbered = [base] + [base.with_name(f"{base.name}-{i}") for i in range(2, 1000)]
-        args.out = str(next(path for path in numbered if not path.exists()))
-    elif (Path(args.out) / "checkpoint.pt").exists():
-        raise BadInput(f"--out {args.out} holds a run: go on with --resume {args.out}, or choose another folder")
+    if args.out and (Path(args.out) / "log.jsonl").exists():
+        raise BadInput(f"--out {args.out} holds a run: go on with --resume {shlex.quote(args.out)}, or choose another")
     return args
 
 
 # What a resumed run may change; anything else would make it another run.
-FREE = {"steps", "workers", "device", "out", "resume", "sample_every", "sample_videos", "sample_steps", "eta", "fps"}
+FREE = {"data", "steps", "workers", "device", "out", "resume",
+        "sample_every", "sample_videos", "sample_steps", "eta", "fps"}  # fmt: skip
 
 
 def resumed(parser, argv):
     """Arguments and checkpoint of the run that --resume names, with what else the command line says."""
-    run = Path(parser.parse_args(argv).resume)
+    given = parser.parse_args(argv)
+    run = Path(given.resume)
+    run = run.parent if run.name == "checkpoint.pt" else run
+    if given.out:
+        raise BadInput(f"--resume writes into the run's own folder: leave out --out {given.out}, or copy the run first")
+    if not run.is_dir():
+        raise BadInput(f"--resume {run}: give the folder of a run, with a checkpoint.pt in it")
     checkpoint = load_checkpoint(run)
-    saved = checkpoint["args"] | {"device": None}
+    saved = checkpoint["args"] | {"device": None, "out": str(run)}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.out = str(run if run.is_dir() else run.parent)
     args.device = args.device or default_device()
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
         raise BadInput(f"--resume cannot change {flags}: leave it out, or start a new run with --out")
+    if args.steps < checkpoint["step"]:
+        raise BadInput(f"--steps {args.steps} is less than the {checkpoint['step']} that {run} has done: give more")
     return args, checkpoint
 
 
 def check(args):
     """Raise BadInput for what would otherwise fail later, before anything is written."""
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if args.data != "maze" and args.out and Path(args.data) in Path(args.out, "inside").resolve().parents:
+        raise BadInput(f"--out {args.out} lies in --data, and its samples would become data: choose another folder")
     if args.eval_every and args.frames < 9:
         raise BadInput(f"--eval-every needs --frames 9 or more, the least that I3D takes, not {args.frames}")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
@@ -828,10 +965,11 @@ def check(args):
 
 
 def main(argv):
+    """The command: train, or sample with that word first."""
     if argv[:1] == ["sample"]:
         return sample(sampling_parser().parse_args(argv[1:]))
     parser = training_parser()
-    if parser.parse_args(argv).resume:
+    if parser.parse_args(argv).resume is not None:
         args, checkpoint = resumed(parser, argv)
     else:
         args, checkpoint = complete(parser.parse_args(argv)), None
@@ -840,8 +978,20 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is intact"
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = "not enough memory: lower --batch, --dim, --size or --frames"
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell expects of Ctrl-C
+    else:
+        sys.exit(0)
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
