@@ -5,7 +5,7 @@ every other frame, and the usual tool, attention over time, needs memory that gr
 frames. The papers below replace it by state-space models (SSMs): linear recurrences over time, run once forward and
 once backward. This file is that method from the recurrence up to the sampler, and runs on any device torch runs on.
 
-    python vdm_ssm.py        checks the scan, then prints parameters, time and memory of every temporal layer
+    python vdm_ssm.py        checks the scan, then prints parameters, time and memory of the papers' temporal layers
 
 References
     [1] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711. v1-v3 use S4D, v4 bidirectional Mamba.
@@ -70,9 +70,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def selective_scan_loop(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False):
     """The definition of the selective scan.    u, dt (b, l, d), A (d, n), B, C (b, l, n), D (d) -> y (b, l, d)
 
-    Differentiable, in any floating dtype; memory grows as b*l*d*n. A is negative, dt is positive (in frames).
+    Differentiable, in any floating dtype; memory grows as b*l*d*n. l >= 1, A < 0, dt >= 0 (in units of a frame).
     `initial_state` (b, d, n) defaults to zeros; with `return_last_state` the result is (y, last state (b, d, n)).
-    Source: [2], eq. 2 with the discretisation of section 3.6 of its code: exact for A, Euler for B.
+    Source: [2], algorithm 2; as in its code the discretisation is exact for A and Euler's for B.
     """
     b, l, d = u.shape
     state = u.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state
@@ -90,7 +90,8 @@ class SelectiveScan(torch.autograd.Function):
     """`selective_scan` and its gradient; call that instead.
 
     The work is cut into blocks of some rows by CHUNK frames. Inside a block everything is time first, (k, b, n, d):
-    one frame is one contiguous slab, and with the channels innermost every sum over n or d is a matrix product.
+    one frame is one contiguous slab, and with the channels innermost every sum over n or d is a matrix product. Names
+    in _c are the k frames of one block.
     """
 
     CHUNK = 16  # frames from one stored state to the next: they take 1/16 of the memory of all states
@@ -116,10 +117,10 @@ class SelectiveScan(torch.autograd.Function):
         return (x.flip(0) if reverse else x).transpose(0, 1)
 
     @staticmethod
-    def recur(states, decay, u, dt, B, A):
-        """Fill states[1:] and decay from states[0].    (k + 1, b, n, d), (k, b, n, d), u, dt (k, b, d), B (k, b, n)"""
+    def recur(states, decay, u, dt, B, A_nd):
+        """Fill states[1:] and decay = exp(dt A), given states[0].    states (k + 1, b, n, d), decay (k, b, n, d)"""
         # exp2 has no slow path where exp underflows, and dt*A reaches -160.
-        torch.mul(dt[:, :, None], A * math.log2(math.e), out=decay).exp2_()
+        torch.mul(dt[:, :, None], A_nd * math.log2(math.e), out=decay).exp2_()
         torch.mul((dt * u)[:, :, None], B[..., None], out=states[1:])
         for k in range(len(u)):
             states[k + 1].addcmul_(decay[k], states[k])
@@ -130,7 +131,7 @@ class SelectiveScan(torch.autograd.Function):
         dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
         A_nd = A.T.to(dtype).contiguous()  # (n, d)
         rows, frames = SelectiveScan.tiles(b, l, n, d, reverse, u.device)
-        room = u.new_empty(2, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
+        buffers = u.new_empty(2, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         starts = u.new_empty(len(frames), b, n, d, dtype=dtype)  # the state before each chunk
         last_state = u.new_empty(b, d, n, dtype=dtype)
         y = torch.empty_like(u)
@@ -139,12 +140,12 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 state = initial_state[row].transpose(1, 2)  # (b, n, d)
                 for i, frame in enumerate(frames):
-                    u_k, dt_k, B_k, C_k = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C))
-                    states, decay = room[0, : len(u_k) + 1, : len(state)], room[1, : len(u_k), : len(state)]
+                    u_c, dt_c, B_c, C_c = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C))
+                    states, decay = buffers[0, : len(u_c) + 1, : len(state)], buffers[1, : len(u_c), : len(state)]
                     states[0] = starts[i, row] = state
-                    SelectiveScan.recur(states, decay, u_k, dt_k, B_k, A_nd)
-                    y_k = (C_k[:, :, None] @ states[1:]).squeeze(2)  # (k, b, d)
-                    y[row, frame] = unblock(y_k.addcmul_(D, u_k), reverse)
+                    SelectiveScan.recur(states, decay, u_c, dt_c, B_c, A_nd)
+                    y_c = (C_c[:, :, None] @ states[1:]).squeeze(2)  # (k, b, d)
+                    y[row, frame] = unblock(y_c.addcmul_(D, u_c), reverse)
                     state = states[-1]
                 last_state[row] = state.transpose(1, 2)
 
@@ -154,8 +155,9 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dlast_state):
-        # The adjoint runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. The gradient of dt_k A is then
-        # w_k = g_k exp(dt_k A) state_{k-1}, and all others are sums of products of g, w, the states and the inputs.
+        # The gradient g of the state runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. Frame by frame,
+        #     d(dt u) = B . g        dB = g . (dt u)        dC = state . dy        w = d(dt A) = g exp(dt A) state_{k-1}
+        # and the product rule gives du = dt d(dt u) + D dy, ddt = u d(dt u) + A . w, and dA, the sum of all dt w.
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("selective_scan can be differentiated once: take selective_scan_loop for more")
         u, dt, A, B, C, D, starts = ctx.saved_tensors
@@ -163,7 +165,7 @@ class SelectiveScan(torch.autograd.Function):
         block, unblock = SelectiveScan.block, SelectiveScan.unblock
         A_nd = A.T.to(dtype).contiguous()  # (n, d)
         rows, frames = SelectiveScan.tiles(b, l, n, d, reverse, u.device)
-        room = u.new_empty(3, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
+        buffers = u.new_empty(3, min(l, SelectiveScan.CHUNK) + 1, rows[0].stop if rows else 0, n, d, dtype=dtype)
         du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
         dA, dD = torch.zeros_like(A_nd), torch.zeros(d, dtype=dtype, device=u.device)
         dinitial_state = torch.empty_like(dlast_state)
@@ -172,37 +174,37 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 carry = dlast_state[row].transpose(1, 2)  # exp(dt_{k+1} A) g_{k+1}, (b, n, d)
                 for i, frame in reversed(list(enumerate(frames))):
-                    u_k, dt_k, B_k, C_k, dy_k = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C, dy))
-                    states = room[0, : len(u_k) + 1, : len(carry)]
-                    decay, g = room[1:, : len(u_k), : len(carry)]
+                    u_c, dt_c, B_c, C_c, dy_c = (block(x, row, frame, reverse, dtype) for x in (u, dt, B, C, dy))
+                    states = buffers[0, : len(u_c) + 1, : len(carry)]
+                    decay, g = buffers[1:, : len(u_c), : len(carry)]
                     states[0] = starts[i, row]
-                    SelectiveScan.recur(states, decay, u_k, dt_k, B_k, A_nd)
-                    torch.mul(C_k[..., None], dy_k[:, :, None], out=g)
+                    SelectiveScan.recur(states, decay, u_c, dt_c, B_c, A_nd)
+                    torch.mul(C_c[..., None], dy_c[:, :, None], out=g)
                     g[-1] += carry
-                    for k in reversed(range(1, len(u_k))):
+                    for k in reversed(range(1, len(u_c))):
                         g[k - 1].addcmul_(decay[k], g[k])
-                    dinput = (B_k[:, :, None] @ g).squeeze(2)  # the gradient of dt*u, (k, b, d)
-                    dB[row, frame] = unblock(((dt_k * u_k)[:, :, None] @ g.mT).squeeze(2), reverse)
-                    dC[row, frame] = unblock((dy_k[:, :, None] @ states[1:].mT).squeeze(2), reverse)
-                    du[row, frame] = unblock(dt_k * dinput + D * dy_k, reverse)
-                    dD += (dy_k * u_k).sum((0, 1))
+                    d_dtu = (B_c[:, :, None] @ g).squeeze(2)  # (k, b, d)
+                    dB[row, frame] = unblock(((dt_c * u_c)[:, :, None] @ g.mT).squeeze(2), reverse)
+                    dC[row, frame] = unblock((dy_c[:, :, None] @ states[1:].mT).squeeze(2), reverse)
+                    du[row, frame] = unblock(dt_c * d_dtu + D * dy_c, reverse)
+                    dD += (dy_c * u_c).sum((0, 1))
                     w = decay.mul_(g)
                     carry = w[0].clone()
                     w *= states[:-1]
-                    ddt[row, frame] = unblock(u_k * dinput + torch.mul(w, A_nd, out=g).sum(2), reverse)
-                    dA += w.mul_(dt_k[:, :, None]).sum((0, 1))
+                    ddt[row, frame] = unblock(u_c * d_dtu + torch.mul(w, A_nd, out=g).sum(2), reverse)
+                    dA += w.mul_(dt_c[:, :, None]).sum((0, 1))
                 dinitial_state[row] = carry.transpose(1, 2)
         return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial_state, None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # torch.compile of a whole model would unroll the loop over frames
 def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state=False, reverse=False):
     """The selective scan in linear memory.    u, dt (b, l, d), A (d, n), B, C (b, l, n), D (d) -> y (b, l, d)
 
-    The same function as `selective_scan_loop`, with the same arguments and gradients. The state is float32 (float64 for
-    a float64 A), also for bfloat16 and float16 inputs and under autocast. Kept for the backward pass: the inputs and
-    one state per 16 frames. `reverse` walks from the last frame to the first, as if all sequences were flipped, without
-    copies of them. Differentiable once; a second derivative raises RuntimeError.
+    The same function as `selective_scan_loop`, with the same arguments and gradients; y has the dtype of u. The state
+    is float32 (float64 for a float64 A), also for bfloat16 and float16 inputs and under autocast. Kept for the backward
+    pass: the inputs and one state per 16 frames. `reverse` walks from the last frame to the first, as if all sequences
+    were flipped, without copies of them. Differentiable once; a second derivative raises RuntimeError.
     Needs: SelectiveScan.
     """
     b, l, d = u.shape
@@ -222,19 +224,21 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
 #     state_k = exp(dt A) state_{k-1} + u_k        y_k = 2 Re(C' . state_k) + D u_k        C' = C (exp(dt A) - 1) / A
 #
 # (zero-order hold with B = 1, folded into C). Unrolled, y is the causal convolution of u with the impulse response
-# K_k = 2 Re sum_n C'_n exp(dt A_n)^k, and an FFT computes all frames at once.
+# K_k = 2 Re sum_m C'_m exp(dt A_m)^k (m runs over the modes), and an FFT computes all frames at once.
 
 
 class S4D(nn.Module):
     """Diagonal SSM with fixed parameters, run as a convolution.    u (b, l, d) -> y (b, l, d)
 
-    n: real state size, n/2 complex modes per channel (n even). Source: [3], S4D-Lin initialisation.
+    n: real state size, n/2 complex modes per channel; raises ValueError if odd. Source: [3], S4D-Lin initialisation.
     """
 
     activation = staticmethod(F.gelu)  # what [1] puts after this core
 
     def __init__(self, d, n=64, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
+        if n % 2:
+            raise ValueError(f"n is {n}, but the modes of S4D come in pairs: choose an even n")
         self.D = nn.Parameter(torch.randn(d))
         self.C = nn.Parameter(torch.view_as_real(torch.randn(d, n // 2, dtype=torch.cfloat)))  # parts N(0, 1/2)
         self.log_dt = nn.Parameter(torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)))
@@ -242,8 +246,8 @@ class S4D(nn.Module):
         self.A_imag = nn.Parameter(repeat(math.pi * torch.arange(n // 2), "n -> d n", d=d).clone())
 
     def discretise(self):
-        """Parameters of the recurrence, complex128.    -> dt A (d, n/2), C' (d, n/2)"""
-        # For dt ~ 1e-3, exp(dt A) - 1 cancels: expm1, and float64, which a GPU or CPU has and a Mac's GPU has not.
+        """Parameters of the recurrence, complex.    -> dt A (d, n/2), C' (d, n/2)"""
+        # For dt ~ 1e-3, exp(dt A) - 1 cancels: expm1, and float64 where there is one (a Mac's GPU has none).
         double = torch.float32 if self.D.device.type == "mps" else torch.float64
         A = torch.complex(-self.log_A_real.to(double).exp(), self.A_imag.to(double))
         dt_A = self.log_dt.to(double).exp()[:, None] * A  # (d, n/2)
@@ -252,8 +256,8 @@ class S4D(nn.Module):
 
     def kernel(self, l):
         """The impulse response.    -> K (d, l)"""
-        # exp(dt A)^(q r + k) = (exp(dt A)^q)^r exp(dt A)^k: two tables of about sqrt(l) powers and one matrix product
-        # instead of l exponentials per mode.
+        # A frame is q i + j with q about sqrt(l), and exp(dt A (q i + j)) = exp(dt A q i) exp(dt A j): two tables of q
+        # exponentials per mode and one matrix product over the modes, instead of l exponentials per mode.
         dt_A, C = self.discretise()
         q = math.ceil(math.sqrt(l))
         steps = torch.arange(q, device=dt_A.device)
@@ -314,14 +318,14 @@ class S6(nn.Module):
         self.x_proj = nn.Linear(d, self.rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.rank, d)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        dt = torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)
+        dt = torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)  # Mamba's floor
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def parameters_of(self, u):
         """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
-        dt, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
-        return F.softplus(self.dt_proj(dt)), -torch.exp(self.A_log), B, C
+        low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
+        return F.softplus(self.dt_proj(low)), -torch.exp(self.A_log), B, C
 
     def forward(self, u, reverse=False):
         """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first."""
@@ -351,12 +355,13 @@ class S6(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Turns feature pairs by an angle proportional to the frame index.    x (..., l, d) -> (..., l, d)
 
-    The first `dims` features are turned, in adjacent pairs (2i, 2i+1), pair i by 10000^(-2i/dims) per frame. A product
-    of a turned query and a turned key depends on their distance only. Source: [9].
+    The first `dims` features are turned, in adjacent pairs (2i, 2i+1), pair i by 10000^(-2i/dims) per frame. The dot
+    product of a turned query and a turned key depends on their positions only through the distance. Source: [9].
     """
 
     def __init__(self, dims=32):
         super().__init__()
+        # A parameter, though fixed: the official parameter counts include it.
         self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, dims, 2) / dims), requires_grad=False)
 
     def forward(self, x):
@@ -437,7 +442,10 @@ class LinearAttention(nn.Module):
 
 
 class GLU(nn.Module):
-    """A core, an activation, and a gated linear unit.    u (b, l, d) -> (b, l, d)"""
+    """A core, an activation, and a gated linear unit.    u (b, l, d) -> (b, l, d)
+
+    core: an SSM of width d, S4D or S6, with its `activation`.
+    """
 
     def __init__(self, core, d):
         super().__init__()
@@ -574,7 +582,7 @@ def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
     if name not in TEMPORAL_LAYERS:
         raise ValueError(f"unknown temporal layer {name!r}: choose one of {', '.join(TEMPORAL_LAYERS)}")
     wide = heads * head_dim
-    s4d, s4d_wide, s6 = partial(S4D, n=n or 16), partial(S4D, n=n or wide), partial(S6, n=n or 16)
+    s4d, s4d_wide, s6 = partial(S4D, n=n or 16), partial(S4D, n=n or wide), partial(S6, n=n or 16)  # cores by width
     ways = dict(bidirectional=name.startswith("bi-"))
     rotary = RotaryEmbedding(min(32, head_dim))
     make = {
@@ -687,10 +695,11 @@ class OverTime(nn.Module):
 class UNet3D(nn.Module):
     """Denoising network.    x (b, c, f, h, w), t (b) integers -> (b, c_out, f, h, w)
 
-    dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim, each level halves
-    height and width. heads: of every attention; head_dim: of attention over time (over space it is 32).
+    dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim; each level but the
+    last halves height and width. heads: of every attention; head_dim: of attention over time (over space it is 32).
     temporal: a name from TEMPORAL_LAYERS; n, mlp: see `temporal_layer`. channels, out_channels: of the videos.
-    The number of frames is free. Raises ValueError for a height or width that is not a multiple of `self.factor`.
+    The number of frames is free. Raises ValueError for another dim or an unknown layer, and in `forward` for a height
+    or width that is not a multiple of `factor`, 2^(levels - 1).
     Source: [1], [4]. At dim 32, heads 4 it is the 14.1M model of [1].
     """
 
@@ -701,7 +710,7 @@ class UNet3D(nn.Module):
             raise ValueError(f"dim is {dim}, but must be a positive multiple of 8, the number of groups of the norms")
         widths = [dim, *(dim * m for m in dim_mults)]
         levels = list(zip(widths[:-1], widths[1:]))
-        d_emb = 32 * dim  # eight times the width in [4]
+        d_emb = 32 * dim  # the choice of [1]; [4] has 4 dim
         self.dim, self.factor = dim, 2 ** (len(levels) - 1)
         temporal_of = temporal_layer(temporal, heads, head_dim, n, mlp)
 
@@ -736,7 +745,7 @@ class UNet3D(nn.Module):
     def forward(self, x, t):
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
-            raise ValueError(f"frames of {h}x{w} pixels cannot be halved {self.factor} fold: use multiples of it")
+            raise ValueError(f"frames of {h}x{w} pixels: height and width must be multiples of {self.factor}")
         emb = self.embed(step_embedding(t, self.dim).to(x.dtype))  # (b, 32 dim)
         x = self.init_conv(x.contiguous(memory_format=torch.channels_last_3d))
         x = self.init_time(x)
@@ -778,11 +787,13 @@ class GaussianDiffusion(nn.Module):
 
     model: any callable (x (b, c, f, h, w), t (b) integers in [0, steps)) -> (b, c, f, h, w).
     steps: of the cosine schedule [6] with offset 0.008 and beta <= 0.9999. target: "eps", "v" or "x0".
-    Raises ValueError for an unknown target.
+    Raises ValueError for an unknown target or steps < 1.
     """
 
     def __init__(self, model, steps=256, target="eps"):
         super().__init__()
+        if steps < 1:
+            raise ValueError(f"a schedule of {steps} steps: choose 1 or more")
         if target not in ("eps", "v", "x0"):
             raise ValueError(f"unknown target {target!r}: choose eps, v or x0")
         self.model, self.steps, self.target = model, steps, target
@@ -790,12 +801,12 @@ class GaussianDiffusion(nn.Module):
         beta = (1 - (angle[1:].cos() / angle[:-1].cos()).square()).clamp(max=0.9999)
         alpha_bar = torch.cumprod(1 - beta, dim=0)
         # Both roots from float64: 1 - alpha_bar would lose the first steps, where it is 1e-4, to float32's rounding.
-        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)  # (steps)
-        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.register_buffer("signal_rate", alpha_bar.sqrt().float(), persistent=False)  # (steps)
+        self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
 
     def rates(self, t):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply videos.    t (b) -> two of (b, 1, 1, 1, 1)"""
-        return self.signal[t].view(-1, 1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1, 1)
+        return self.signal_rate[t].view(-1, 1, 1, 1, 1), self.noise_rate[t].view(-1, 1, 1, 1, 1)
 
     def loss(self, x0, t=None, eps=None):
         """Mean squared error of the prediction.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> scalar"""
@@ -817,22 +828,27 @@ class GaussianDiffusion(nn.Module):
 
         steps: how many of the schedule's steps are visited, evenly spaced; all by default. eta: 1 draws x_s with the
         full variance of q(x_s | x_t, x_0), which on all steps is DDPM's ancestral sampling [5]; 0 adds no noise, which
-        is DDIM [7]. progress: wraps the list of steps, e.g. tqdm. Raises ValueError if steps is not in 1..self.steps.
+        is DDIM [7]. progress: wraps the list of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps and
+        eta outside 0..1.
         """
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"cannot sample in {steps} steps: choose 1 to {self.steps}, the steps of the schedule")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}: choose 0 (no noise) to 1 (the posterior's)")
         visited = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
         for t, s in progress(list(zip(visited, visited[1:] + [None]))):
             x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device)).clamp(-1, 1)
             if s is None:
-                return x0
+                x = x0
+                continue
             # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2); x_t and x0 give eps.
-            eps = (x - self.signal[t] * x0) / self.noise[t]
-            kept = (self.signal[t] / self.signal[s]).square()  # alpha_bar_t / alpha_bar_s
-            sigma = eta * self.noise[s] / self.noise[t] * (1 - kept).sqrt()
-            x = self.signal[s] * x0 + (self.noise[s].square() - sigma.square()).clamp(min=0).sqrt() * eps
+            signal_t, signal_s, noise_t, noise_s = (r[i] for r in (self.signal_rate, self.noise_rate) for i in (t, s))
+            eps = (x - signal_t * x0) / noise_t
+            sigma = eta * noise_s / noise_t * (1 - (signal_t / signal_s).square()).sqrt()
+            x = signal_s * x0 + (noise_s.square() - sigma.square()).clamp(min=0).sqrt() * eps
             x = x + sigma * torch.randn_like(x)
+        return x
 
 
 # -----------------------------------------------------------------------------
@@ -894,6 +910,7 @@ def check_s4d(l=100, d=32):
     print(f"S4D as a convolution against S4D step by step: {relative_error(layer(u), torch.stack(ys, 1)):.0e}")
 
 
+# The first 13 names are the papers' layers, the others forward-only ablations.
 def table_of_layers(names=TEMPORAL_LAYERS[:13], frames=(16, 64, 256), pixels=32, d=64):
     """Print parameters, and time and peak memory of forward + backward, of each temporal layer."""
     print(f"\nForward + backward of one layer, {pixels} pixels, width {d}, 8 heads, float32, CPU: ms | peak MB")

@@ -24,13 +24,13 @@ def perfect_model(x0, target, steps=256):
 
 def test_schedule_is_the_official_cosine_schedule():
     d = GaussianDiffusion(None, 256)
-    alpha_bar = d.signal.double().square()
+    alpha_bar = d.signal_rate.double().square()
     beta = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
-    assert math.isclose(d.noise[0] ** 2, 0.000188826672994691, rel_tol=1e-6)
+    assert math.isclose(d.noise_rate[0] ** 2, 0.000188826672994691, rel_tol=1e-6)
     assert math.isclose(alpha_bar[128], 0.487756504411292, rel_tol=1e-6)
     assert math.isclose(alpha_bar[255], 3.7059614172293e-09, rel_tol=1e-5)
     assert math.isclose(beta[100], 0.00873118314624033, rel_tol=1e-4) and math.isclose(beta[255], 0.9999, rel_tol=1e-6)
-    assert torch.allclose(d.signal**2 + d.noise**2, torch.ones(256))
+    assert torch.allclose(d.signal_rate**2 + d.noise_rate**2, torch.ones(256))
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
@@ -70,7 +70,7 @@ def test_eta_one_on_all_steps_is_ancestral_sampling():
     x = start = torch.randn(SHAPE, dtype=torch.float64)
     torch.manual_seed(1)
     sampled = d.sample(start)
-    alpha_bar = d.signal.square()
+    alpha_bar = d.signal_rate.square()
     torch.manual_seed(1)
     for t in reversed(range(7)):
         before = alpha_bar[t - 1] if t else torch.tensor(1.0).double()
@@ -97,6 +97,12 @@ def test_eta_zero_is_deterministic_and_the_result_is_within_range():
 def test_impossible_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match="1 to 20"):
         GaussianDiffusion(None, steps=20).sample(torch.randn(SHAPE), steps)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_impossible_eta_is_refused(eta):
+    with pytest.raises(ValueError, match="eta"):
+        GaussianDiffusion(None, steps=20).sample(torch.randn(SHAPE), eta=eta)
 
 
 def test_unknown_target_is_refused():

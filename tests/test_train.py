@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import imageio.v3 as iio
 import numpy as np
@@ -296,6 +297,107 @@ def test_a_second_run_without_out_gets_a_folder_of_its_own():
     for _ in range(2):
         train.main([*TINY, "--steps", "1"])
     assert sorted(os.listdir("runs")) == ["maze", "maze-2"]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--lr", "nan"), ("--lr", "-1"), ("--lr", "0"), ("--ema", "2"), ("--eta", "-1"), ("--fps", "0"), ("--seed", "-1"),
+    ("--workers", "-1"), ("--dim-mults", ""), ("--dim-mults", "1,x"), ("--heads", "0"), ("--steps", "many"), ("--size", "9"),
+    ("--temporal", "rnn"), ("--resume", ""), ("--resume", "nowhere"), ("--device", "meta"), ("--no-such-flag", "1"),
+])  # fmt: skip
+def test_values_out_of_range_are_refused_before_anything_is_written(tmp_path, flag, value):
+    assert len(refuses(*TINY, flag, value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    args = train.complete(train.training_parser().parse_args([*TINY, "--steps", "1"]))
+    assert [train.claim(args).name for _ in range(3)] == ["maze", "maze-2", "maze-3"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log.jsonl").write_text("precious")
+    assert "holds a run" in refuses(*TINY, "--steps", 1, "--out", "mine")
+    assert (tmp_path / "mine" / "log.jsonl").read_text() == "precious"
+
+
+def test_data_whose_names_differ_behind_a_dot_have_caches_of_their_own(tmp_path):
+    for name, level in (("a.b.c.npy", 0), ("a.b.d.npy", 255)):
+        np.save(tmp_path / name, np.full((9, 8, 8, 3), level, np.uint8))
+    load = lambda name, size=8: train.FolderVideos(tmp_path / name, 4, size, tmp_path / "cache", seed=0)[0]
+    assert load("a.b.c.npy").unique().tolist() == [-1] and load("a.b.d.npy").unique().tolist() == [1]
+    assert load("a.b.c.npy", size=16).shape == (3, 4, 16, 16)
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "garbled"])
+def test_a_damaged_cache_is_built_again(tmp_path, damage):
+    folder = write_videos(tmp_path / "v")
+    make = lambda: train.FolderVideos(folder, 4, 8, tmp_path / "cache", seed=0)
+    first = make()
+    if damage == "garbled":
+        first.base.with_suffix(".json").write_text('{"videos"')
+    elif damage == "cut":
+        first.base.with_suffix(".u8").write_bytes(b"123")
+    else:
+        first.base.with_suffix(".u8").unlink()
+    assert torch.equal(make()[0], first[0])
+
+
+def test_resume_notices_changed_data_and_follows_moved_data(tmp_path):
+    folder = write_videos(tmp_path / "v")
+    train.main([*TINY, "--data", str(folder), "--steps", "1", "--out", "run"])
+    folder.rename(tmp_path / "moved")
+    train.main(["--resume", "run", "--data", str(tmp_path / "moved"), "--steps", "2"])
+    assert len(losses("run")) == 2
+    np.save(tmp_path / "moved" / "new.npy", np.zeros((6, 8, 8, 3), np.uint8))
+    assert "no longer holds the videos" in refuses("--resume", "run", "--steps", "3")
+    assert "lies in --data" in refuses(*TINY, "--data", tmp_path / "moved", "--out", tmp_path / "moved" / "run")
+
+
+def test_resume_redraws_samples_that_a_kill_left_out_and_never_goes_back():
+    train.main([*TINY, "--steps", "2", "--out", "run"])
+    sheet = pathlib.Path("run/samples/step-000002.png")
+    drawn = sheet.read_bytes()
+    sheet.unlink()
+    train.main(["--resume", "run"])
+    assert sheet.read_bytes() == drawn
+    assert "give more" in refuses("--resume", "run", "--steps", "1")
+    assert "leave out --out" in refuses("--resume", "run", "--out", "other")
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    train.main([*TINY, "--steps", "1", "--out", "run"])
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    checkpoint["optimizer"]["param_groups"][0]["lr"] = float("inf")
+    torch.save(checkpoint, "run/checkpoint.pt")
+    before = pathlib.Path("run/checkpoint.pt").read_bytes()
+    assert "lower --lr" in refuses("--resume", "run", "--steps", "2")
+    assert pathlib.Path("run/checkpoint.pt").read_bytes() == before
+
+
+def test_sampling_checks_its_arguments_and_keeps_earlier_samples():
+    train.main([*TINY, "--steps", "1", "--out", "run"])
+    once = ["sample", "run", "--videos", "1", "--device", "cpu"]
+    assert "multiple of 2" in refuses(*once, "--size", 9)
+    assert "1 to" in refuses(*once, "--sample-steps", 999)
+    train.main([*once, "--frames", "1"])
+    train.main([*once, "--frames", "4", "--size", "16"])
+    assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl", "sampled", "sampled-2", "samples"]
+    assert "holds samples" in refuses(*once, "--out", "run/sampled")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """kill -9 at moments spread over training, sampling and saving; then the losses of an uninterrupted run."""
+    command = [sys.executable, ROOT / "train.py", *TINY, "--sample-every", "2", "--out", "killed", "--steps", "60"]
+    for wait in (0.3, 0.7):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        while not (tmp_path / "killed" / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        train.load_checkpoint("killed")
+        command = [sys.executable, ROOT / "train.py", "--resume", "killed"]
+    train.main(["--resume", "killed"])
+    train.main([*TINY, "--sample-every", "60", "--out", "whole", "--steps", "60"])
+    assert losses("killed") == losses("whole") and len(losses("whole")) == 60
 
 
 def test_gif_and_sheet_show_what_they_are_given(tmp_path):
