@@ -1,16 +1,16 @@
 """Time and memory of every part, against other ways to do the same.
 
-    python tests/bench.py                              the selective scan, eager and compiled
+    python tests/bench.py                              the selective scan beside its definition
     python tests/bench.py scan --peers                 beside mambapy, mamba_ssm (if installed) and naive loops
     python tests/bench.py scan --device cuda --dtype bfloat16
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
-    python tests/bench.py unet --with recompute amp    a training step, and what each option gives
+    python tests/bench.py unet --with amp compile      a training step, and what each option gives
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
     python tests/bench.py fvd                          features per second against the bare I3D
     ... --json FILE  --repeats N  --threads N  --quick (tiny sizes: is everything in order?)
 
 Time. All variants of a case live in one process and take turns, in alternating order, so that a busy moment of the
-machine hits them all. Each gets one call ahead (a compiled variant compiles in it: the column "first call"), then
+machine hits them all. Each gets one call ahead (torch.compile compiles in it: the column "first call"), then
 --repeats turns; one that has used PATIENCE seconds stops after two. Forward alone runs without autograd. Tables show
 median (min-max); a ratio is the median of the ratios turn by turn, below 1 if the row is faster.
 
@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -110,10 +109,7 @@ def scans(device="cpu"):
         peers["mambapy"] = mambapy_scan
     if torch.device(device).type == "cuda" and installed("mamba_ssm"):
         peers["mamba_ssm"] = mamba_ssm_scan
-    own = {"eager": selective_scan}
-    if "compile" in inspect.signature(selective_scan).parameters:
-        own = {"eager": partial(selective_scan, compile=False), "compiled": partial(selective_scan, compile=True)}
-    return peers, own | {"definition": selective_scan_loop}
+    return peers, {"ours": selective_scan, "definition": selective_scan_loop}
 
 
 @lru_cache(maxsize=3)
@@ -169,11 +165,10 @@ def layer_work(variant, frames, device, pixels=32, d=64):
 
 
 def unet_work(variant, frames, device, size=32):
-    """A training step; variant is a temporal layer and options, "bi-mamba + recompute + amp"."""
+    """A training step; variant is a temporal layer and options, "bi-mamba + amp"."""
     torch.manual_seed(0)
     temporal, *options = variant.split(" + ")
-    recompute = {"recompute": True} if "recompute" in options else {}
-    model = UNet3D(dim=32, heads=4, temporal=temporal.removesuffix("-explicit"), **recompute)
+    model = UNet3D(dim=32, heads=4, temporal=temporal.removesuffix("-explicit"))
     model = (make_explicit(model) if temporal.endswith("-explicit") else model).to(device)
     diffusion = GaussianDiffusion(torch.compile(model) if "compile" in options else model).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -389,8 +384,6 @@ def bench_layers(args):
 
 def bench_unet(args):
     """Training steps with Adam. The peak is what a run needs: weights, gradients and Adam's averages count."""
-    if "recompute" in args.options and "recompute" not in inspect.signature(UNet3D).parameters:
-        sys.exit("bench.py: --with recompute needs an argument recompute of UNet3D, and this one has none")
     names = args.names or ["attention-explicit", "attention", "linear-attention", "bi-s4d", "bi-mamba"]
     names = [name + option for name in names for option in ("", *(f" + {o}" for o in args.options))]
     sizes = {"size": 8 if args.quick else 32}
@@ -491,8 +484,8 @@ def parser():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="scan: of u, dt, B and C")
     parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet: temporal layers")
     parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet: numbers of frames")
-    parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "recompute", "compile"),
-                        metavar="OPTION", help="unet: also with each of amp, recompute, compile")  # fmt: skip
+    parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile"),
+                        metavar="OPTION", help="unet: also with each of amp, compile")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")
     parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     return parser
