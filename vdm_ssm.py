@@ -268,16 +268,18 @@ class S4D(nn.Module):
 
     def forward(self, u, reverse=False):
         """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first."""
-        l, u_dl = u.shape[1], u.to(self.D.dtype).mT  # (b, d, l); the FFT knows no bfloat16
-        K = self.kernel(l)
-        if l <= 64:  # the convolution is one l x l matrix per channel, faster than an FFT
-            T = F.pad(K, (l - 1, 0)).unfold(1, l, 1).flip(2)  # T[i, j] = K[i - j], (d, l, l)
-            y = torch.einsum("dji,bdj->bdi" if reverse else "dij,bdj->bdi", T, u_dl)
-        else:
-            # Length 2l: the FFT's convolution is circular, and the padding keeps its end from touching its beginning.
-            K_f = torch.fft.rfft(K, n=2 * l)  # (d, l + 1)
-            y = torch.fft.irfft(torch.fft.rfft(u_dl, n=2 * l) * (K_f.conj() if reverse else K_f), n=2 * l)[..., :l]
-        return (y + self.D[:, None] * u_dl).mT.to(u.dtype)
+        l, u_dl = u.shape[1], u.to(self.D.dtype).mT  # (b, d, l)
+        with torch.autocast(u.device.type, enabled=False):  # an SSM stays in float32, and the FFT knows no bfloat16
+            K = self.kernel(l)
+            if l <= 64:  # the convolution is one l x l matrix per channel, faster than an FFT
+                T = F.pad(K, (l - 1, 0)).unfold(1, l, 1).flip(2)  # T[i, j] = K[i - j], (d, l, l)
+                y = torch.einsum("dji,bdj->bdi" if reverse else "dij,bdj->bdi", T, u_dl)
+            else:
+                # Length 2l: the FFT's convolution is circular; the padding keeps its end from touching its beginning.
+                K_f, u_f = torch.fft.rfft(K, n=2 * l), torch.fft.rfft(u_dl, n=2 * l)  # (d, l + 1), (b, d, l + 1)
+                y = torch.fft.irfft(u_f * (K_f.conj() if reverse else K_f), n=2 * l)[..., :l]
+            y = y + self.D[:, None] * u_dl
+        return y.mT.to(u.dtype)
 
     def initial_state(self, b):
         """The state before the first frame.    -> (b, d, n/2), complex"""

@@ -126,6 +126,15 @@ def test_s4d_kernel_of_one_mode_is_the_closed_form():
     assert torch.allclose(layer.kernel(20)[0], closed, rtol=1e-12)
 
 
+@pytest.mark.parametrize("l", [9, 65])
+def test_autocast_does_not_touch_s4d(l):
+    torch.manual_seed(0)
+    layer, u = S4D(6), torch.randn(2, l, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(u)
+    assert torch.equal(y, layer(u)) and layer(u.bfloat16()).dtype == torch.bfloat16
+
+
 def test_s4d_starts_as_s4d_lin():
     torch.manual_seed(0)
     layer = S4D(4096, n=8)
