@@ -708,7 +708,10 @@ class Score:
 
     def __init__(self, args, device):
         self.name = "FVD" if args.i3d else "FD-random"
-        self.net = (load_i3d(args.i3d) if args.i3d else random_i3d()).to(device)
+        try:
+            self.net = (load_i3d(args.i3d) if args.i3d else random_i3d()).to(device)
+        except ValueError as error:
+            raise BadInput(f"--i3d {error}") from error
         self.device, data = device, make_data(args, "test")
         self.real = self.features(to_uint8(data[i][None])[0] for i in range(args.eval_videos))
 
