@@ -600,14 +600,14 @@ def train(args, checkpoint=None):
     ema = AveragedModel(model, multi_avg_fn=average_weights(args.ema))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     diffusion = GaussianDiffusion(model, steps=args.diffusion_steps, target=args.target).to(device)
+    score = Score(args, device) if args.eval_every else None
     if checkpoint:
         if checkpoint["data"] != data.fingerprint:
             raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
         step = checkpoint["step"]
         restore(args.out, model=(model, checkpoint["model"]), ema=(ema, checkpoint["ema"]),
                 optimizer=(optimizer, checkpoint["optimizer"]))  # fmt: skip
-        set_rng_state(checkpoint["rng"], device)
-    score = Score(args, device) if args.eval_every else None
+        set_rng_state(checkpoint["rng"], device)  # last: making networks draws numbers
     out = Path(args.out) if checkpoint else claim(args)
     args.out = str(out)
     log, scored = open_log(out / "log.jsonl", step)
@@ -697,7 +697,7 @@ def train(args, checkpoint=None):
             save()
             show()
 
-    if step > first:
+    if stop:
         save()
     bar.close()
     conclude(args, out, step, data)
