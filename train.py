@@ -782,8 +782,8 @@ def sample(args):
 
 # What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
 SIZED = {
-    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=600, lr=1e-3, ema=0.995,
-                sample_every=600),
+    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=500, lr=1e-3, ema=0.995,
+                sample_every=500),
     "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4,
                  ema=0.9995, sample_every=2000),
 }  # fmt: skip
