@@ -38,9 +38,9 @@ Map
 
 Differs from the papers
     The network computes the same function as the official code, and its parameters are registered in the same order.
-    The unused position table of the official SSM variants (32 x heads numbers) does not exist here. Convolutions are
-    2D over single frames, which is what (1, k, k) kernels are. The official attention stores f x f scores per pixel;
-    here `F.scaled_dot_product_attention` decides.
+    The position table that all official variants carry (32 x heads numbers) exists here for its user only, `attention`.
+    Convolutions are 2D over single frames, which is what (1, k, k) kernels are. The official attention stores f x f
+    scores per pixel; here `F.scaled_dot_product_attention` decides.
 """
 
 import math
