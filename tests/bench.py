@@ -3,6 +3,7 @@
     python tests/bench.py                              the selective scan beside its definition
     python tests/bench.py scan --peers                 beside mambapy, mamba_ssm (if installed) and naive loops
     python tests/bench.py scan --device cuda --dtype bfloat16
+    python tests/bench.py s4d                          S4D both ways, against two FFT convolutions between flips
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
     python tests/bench.py unet --with amp compile      a training step, and what each option gives
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
@@ -109,7 +110,8 @@ def scans(device="cpu"):
         peers["mambapy"] = mambapy_scan
     if torch.device(device).type == "cuda" and installed("mamba_ssm"):
         peers["mamba_ssm"] = mamba_ssm_scan
-    return peers, {"ours": selective_scan, "definition": selective_scan_loop}
+    own = {"ours": selective_scan, "ours, compiled": torch.compile(selective_scan), "definition": selective_scan_loop}
+    return peers, own
 
 
 @lru_cache(maxsize=3)
@@ -134,6 +136,31 @@ def scan_work(variant, shape, device, dtype="float32", strong=False):
         dy = dy.mT.contiguous()
     function = {**peers, **own}[variant]
     return Work(lambda: function(*inputs), lambda y: torch.autograd.grad(y, inputs, dy.to(y.dtype)))
+
+
+class FlippedS4D(vdm_ssm.S4D):
+    """S4D as most code has it: kernel by the direct formula, FFT by autograd, flips for reverse.    u (b, l, d) -> y"""
+
+    def forward(self, u, reverse=False):
+        u = u.flip(1).mT if reverse else u.mT  # (b, d, l)
+        l, A = u.shape[-1], torch.complex(-self.log_A_real.exp(), self.A_imag)
+        dt_A = self.log_dt.exp()[:, None] * A
+        C = torch.view_as_complex(self.C) * (torch.exp(dt_A) - 1) / A
+        K = 2 * torch.einsum("dm,dml->dl", C, torch.exp(dt_A[..., None] * torch.arange(l, device=u.device))).real
+        y = torch.fft.irfft(torch.fft.rfft(u, n=2 * l) * torch.fft.rfft(K, n=2 * l), n=2 * l)[..., :l]
+        y = (y + self.D[:, None] * u).mT
+        return y.flip(1) if reverse else y
+
+
+def s4d_work(variant, frames, device, rows=65536, d=64, n=64):
+    """Two S4D, one each way, summed, on rows / frames sequences."""
+    torch.manual_seed(0)
+    core = vdm_ssm.S4D if variant == "ours" else FlippedS4D
+    ahead, back = core(d, n).to(device), core(d, n).to(device)
+    u = torch.randn(rows // frames, frames, d, device=device, requires_grad=True)
+    leaves = [u, *ahead.parameters(), *back.parameters()]
+    forward = lambda: ahead(u) + back(u, reverse=True)
+    return Work(forward, lambda y: torch.autograd.grad(y, leaves, torch.ones_like(y)))
 
 
 class ExplicitAttention(vdm_ssm.Attention):
@@ -186,7 +213,7 @@ def unet_work(variant, frames, device, size=32):
     return Work(forward, backward, held=3 * sum(p.nbytes for p in model.parameters()))  # Adam has two of each
 
 
-MAKERS = {"scan": scan_work, "layers": layer_work, "unet": unet_work}
+MAKERS = {"scan": scan_work, "s4d": s4d_work, "layers": layer_work, "unet": unet_work}
 
 
 # -----------------------------------------------------------------------------
@@ -375,6 +402,13 @@ def bench_scan_robustness(args, names):
     return records
 
 
+def bench_s4d(args):
+    """The convolutions of a bidirectional S4D layer."""
+    sizes = {"rows": 1024, "d": 8, "n": 8} if args.quick else {"rows": 65536, "d": 64, "n": 64}
+    print("S4D both ways, width {d}, state size {n}, {rows} frames in all, float32, forward + backward".format(**sizes))
+    return by_frames(args, ["two FFTs between flips", "ours"], [16, 64] if args.quick else [16, 64, 256, 1024], sizes)
+
+
 def bench_layers(args):
     """Every temporal layer alone."""
     sizes = {"pixels": 4, "d": 32} if args.quick else {"pixels": 32, "d": 64}
@@ -468,7 +502,8 @@ def bench_fvd(args):
     return rates(args, {"video_features": Work(features), "bare I3D": Work(bare)}, n, "features/s")
 
 
-BENCHMARKS = {"scan": bench_scan, "layers": bench_layers, "unet": bench_unet, "data": bench_data, "fvd": bench_fvd}
+BENCHMARKS = {"scan": bench_scan, "s4d": bench_s4d, "layers": bench_layers, "unet": bench_unet, "data": bench_data,
+              "fvd": bench_fvd}  # fmt: skip
 
 
 def parser():

@@ -90,7 +90,7 @@ def test_s4d_gives_the_official_numbers():
     assert torch.allclose(layer(u)[0, 6], torch.tensor([1.081081635, -0.170371706, -0.2387241464]).double(), atol=1e-8)
 
 
-@pytest.mark.parametrize("l", [1, 2, 7, 16, 17, 100, 1000])
+@pytest.mark.parametrize("l", [1, 2, 7, 32, 33, 100, 1000])
 def test_s4d_convolution_equals_recurrence(l):
     torch.manual_seed(0)
     layer, u = S4D(6, n=16).double(), torch.randn(2, l, 6, dtype=torch.float64)
@@ -102,11 +102,70 @@ def test_s4d_convolution_equals_recurrence(l):
 
 
 @pytest.mark.parametrize("core", [S4D, S6, vdm_ssm.CausalConv])
-@pytest.mark.parametrize("l", [1, 9, 64, 65])
+@pytest.mark.parametrize("l", [1, 9, 32, 33])
 def test_reverse_is_the_core_between_two_flips(core, l):
     torch.manual_seed(0)
     layer, u = core(6).double(), torch.randn(2, l, 6, dtype=torch.float64)
     assert relative_error(layer(u, reverse=True), layer(u.flip(1)).flip(1)) < 1e-12
+
+
+def outputs_and_gradients(layer, function, *inputs):
+    """Outputs of a function, and the gradient of a fixed random loss for inputs and parameters."""
+    outputs = function(*inputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    loss = sum((y * w).sum().real + (y * w).sum().imag if y.is_complex() else (y * w).sum()
+               for y, w in zip(outputs, weights))  # fmt: skip
+    return [*outputs, *torch.autograd.grad(loss, [*inputs, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("core", [S4D, S6])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("l, cut", [(9, 1), (40, 17), (100, 60)])
+def test_a_sequence_in_two_pieces_with_carried_state_is_the_whole(core, reverse, l, cut):
+    torch.manual_seed(0)
+    layer, u = core(6).double(), torch.randn(2, l, 6, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(2, 6, layer.initial_state(2).shape[-1], dtype=layer.initial_state(1).dtype, requires_grad=True)
+    options = dict(reverse=reverse, return_last_state=True)
+
+    def whole(u, state):
+        return layer(u, initial_state=state, **options)
+
+    def in_pieces(u, state):
+        pieces, ys = [u[:, :cut], u[:, cut:]], []
+        for piece in reversed(pieces) if reverse else pieces:
+            y, state = layer(piece, initial_state=state, **options)
+            ys.append(y)
+        return torch.cat(ys[::-1] if reverse else ys, dim=1), state
+
+    exact = outputs_and_gradients(layer, whole, u, start)
+    for value, reference in zip(outputs_and_gradients(layer, in_pieces, u, start), exact):
+        assert (value - reference).norm() <= 1e-12 * reference.norm()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_fft_convolution_is_the_sum_that_defines_it(reverse):
+    torch.manual_seed(0)
+    u, K = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 7, 2), (2, 7)))
+    y = vdm_ssm.FFTConvolution.apply(u, K, reverse)
+    ways = [(i, j) for i in range(7) for j in range(7) if (j >= i if reverse else j <= i)]
+    for i in range(7):
+        direct = sum(K[:, abs(i - j)] * u[:, j] for k, j in ways if k == i)
+        assert torch.allclose(y[:, i], direct, atol=1e-12)
+    torch.autograd.gradcheck(lambda u, K: vdm_ssm.FFTConvolution.apply(u, K, reverse), (u, K))
+
+
+def test_fft_convolution_in_tiles_is_the_whole():
+    torch.manual_seed(0)
+    u, K = torch.randn(70, 64, 128, requires_grad=True), torch.randn(128, 64, requires_grad=True)
+    tiles = vdm_ssm.FFTConvolution.tiles(u)
+    assert [len(x) for (x,) in tiles] == [32, 32, 6]
+    y = vdm_ssm.FFTConvolution.apply(u, K, False)
+    by_hand = torch.cat([vdm_ssm.FFTConvolution.apply(x, K, False) for (x,) in tiles])
+    assert torch.equal(y, by_hand)
+    for value, reference in zip(*(torch.autograd.grad(x.square().sum(), (u, K)) for x in (y, by_hand))):
+        assert relative_error(value, reference) < 1e-6
+    assert vdm_ssm.FFTConvolution.apply(u[:0], K, False).shape == (0, 64, 128)
 
 
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():

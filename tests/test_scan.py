@@ -1,11 +1,14 @@
 """selective_scan is selective_scan_loop, for every length, decay, dtype and gradient."""
 
 import math
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from vdm_ssm import SelectiveScan, relative_error, selective_scan, selective_scan_loop
+from vdm_ssm import S6, SelectiveScan, relative_error, selective_scan, selective_scan_loop, temporal_layer
 
 CHUNK = SelectiveScan.CHUNK
 
@@ -147,11 +150,63 @@ def test_saved_memory_is_a_sixteenth_of_all_states():
     assert sum(kept) == b * l * d * n // CHUNK + sum(x.numel() for x in args)
 
 
-def test_scan_runs_inside_a_compiled_checkpointed_function():
-    from torch.utils.checkpoint import checkpoint
-
+def test_scan_runs_under_activation_checkpointing():
     args = [x.requires_grad_() for x in inputs(dtype=torch.float32)[:6]]
     y = checkpoint(selective_scan, *args, use_reentrant=False)
     assert torch.equal(y, selective_scan(*args))
-    y.sum().backward()
-    assert all(x.grad is not None for x in args)
+    for value, reference in zip(*(torch.autograd.grad(x.sum(), args) for x in (y, selective_scan(*args)))):
+        assert torch.equal(value, reference)
+
+
+def test_scan_runs_under_functional_call():
+    torch.manual_seed(0)
+    layer, u = S6(8), torch.randn(2, 20, 8)
+    parameters = {name: (2 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, parameters, u)
+    gradients = torch.autograd.grad(y.sum(), list(parameters.values()))
+    layer.load_state_dict(parameters)
+    for value, reference in zip(gradients, torch.autograd.grad(layer(u).sum(), list(layer.parameters()))):
+        assert torch.equal(value, reference)
+
+
+compiles = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+
+
+@compiles
+@pytest.mark.parametrize("b, l, d", [(2, 1, 4), (3, 5, 8), (3, 8, 8), (5, 27, 4)])
+def test_compiled_scan_equals_the_plain_one(b, l, d):
+    args = inputs(b=b, l=l, d=d, n=4, dtype=torch.float32)
+    compiled = torch.compile(selective_scan)
+    assert compiled(*(x.requires_grad_() for x in args[:6])).grad_fn.compiled
+    for reverse in (False, True):
+        both = [outputs_and_gradients(partial(f, reverse=reverse), args) for f in (compiled, selective_scan)]
+        for value, reference in zip(*both):
+            assert relative_error(value, reference) <= 1e-6
+
+
+def test_compiled_blocks_are_those_of_the_definition_frame_by_frame():
+    torch.manual_seed(0)  # the functions that torch.compile gets, without it
+    ahead, back = SelectiveScan.ahead_fused, SelectiveScan.back_fused
+    k, b, n, d = 5, 3, 4, 6
+    shapes = [(b, n, d), (k, b, d), (k, b, d), (k, b, n), (k, b, n), (n, d), (d,)]
+    state, u, dt, B, C, A, D = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    block, dt, A = (u, dt.abs(), B, C), dt.abs(), -A.abs()
+    for value, reference in zip(ahead(state, *block, A, D), SelectiveScan.ahead(state, *block, A, D)):
+        assert relative_error(value, reference) < 1e-14
+    carry, dy = torch.randn_like(state), torch.randn_like(u)
+    exact = SelectiveScan.back(state, carry, *block, dy, A, D)
+    parts = back(state, carry, *block, dy, A, D, slice(4)) + back(state, carry, *block, dy, A, D, slice(4, 6))
+    for value, reference in zip(parts, exact, strict=True):
+        assert relative_error(value, reference) < 1e-14
+
+
+@compiles
+def test_a_layer_in_a_compiled_model_computes_the_same():
+    torch.manual_seed(0)
+    layer, x = temporal_layer("bi-mamba", n=4)(4), torch.randn(3, 9, 4)
+    both = []
+    for function in (layer, torch.compile(layer)):
+        y = function(x)
+        both.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for value, reference in zip(*both):
+        assert relative_error(value, reference) < 1e-5
