@@ -358,8 +358,9 @@ class VideoCache(Dataset):
         self.keys = [folder / digest(size, antialias, str(source.resolve()), state(source)) for source in sources]
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob("*.part"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # or by one that renames it just now
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    left.unlink()
 
     def file(self, i):
         """Where the frames of source i are."""
@@ -367,7 +368,8 @@ class VideoCache(Dataset):
 
     def frames(self, i):
         """All frames of source i, one video after another, memory-mapped.    -> uint8 (n, size, size, 3)"""
-        return np.memmap(self.file(i), dtype=np.uint8, mode="r").reshape(-1, self.size, self.size, 3)
+        path = str(self.file(i))  # a Path would be resolved, which takes longer than reading a window
+        return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, self.size, self.size, 3)
 
     def decode(self, i):
         """Write the frames of source i.    -> description. Raises UnreadableVideo, BadInput"""

@@ -168,15 +168,14 @@ def test_two_runs_that_build_one_cache_share_the_work_and_agree(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, workers):
+def test_a_disk_that_takes_no_more_is_one_sentence_that_names_the_file(tmp_path, workers):
+    resource = pytest.importorskip("resource")
     folder = write_videos(tmp_path / "v")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(train, "resized_frames", full)
-    message = refuses(*TINY, "--data", folder, "--steps", 1, "--workers", workers)
-    assert ".u8 cannot be written" in message and "No space left" in message
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes; a video has 1152
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data", folder, "--steps", "1", "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert ".u8 cannot be written" in done.stderr.splitlines()[-1] and "too large" in done.stderr
     assert not list((tmp_path / "runs" / "cache" / "v-8px").iterdir())
 
 
@@ -186,6 +185,7 @@ def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path):
     for name in ("old.part", "new.part"):
         (cache / name).write_text("half")
     os.utime(cache / "old.part", (0, 0))
+    (cache / "gone.part").symlink_to("nowhere")  # as if another process had just renamed it
     videos_of(folder)
     assert not (cache / "old.part").exists() and (cache / "new.part").exists()
 
