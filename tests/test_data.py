@@ -179,6 +179,14 @@ def test_a_disk_that_takes_no_more_is_one_sentence_that_names_the_file(tmp_path,
     assert not list((tmp_path / "runs" / "cache" / "v-8px").iterdir())
 
 
+def test_every_process_that_builds_a_cache_has_an_order_of_its_own_so_that_they_seldom_meet(tmp_path, monkeypatch):
+    folder, orders, real = write_videos(tmp_path / "v", count=12), ([], []), train.read_frames
+    for order, cache in zip(orders, "ab"):
+        monkeypatch.setattr(train, "read_frames", lambda video: order.append(video.name) or real(video))
+        videos_of(folder, cache=cache)
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
 def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path):
     folder = write_videos(tmp_path / "v")
     cache = videos_of(folder).cache.folder
@@ -235,14 +243,17 @@ def test_every_kind_of_video_trains(tmp_path, kind):
     elif kind == "grey":
         np.save(folder / "a.npy", video[..., 0])
     elif kind == "many":
-        np.save(folder / "a.npy", np.stack([video, video]))
+        np.save(folder / "a.npy", np.stack([video, 255 - video]))
     else:
         path = folder / "a.npy"
         np.save(path, video)
     data = videos_of(path, frames=6)
     assert len(data.videos) == (2 if kind == "many" else 1)
     assert data[0][0].shape == (3, 6, 8, 8) and data[0][0].min() >= -1 and data[0][0].max() <= 1
-    if kind in ("npz", "pt", "many", "one file"):
+    if kind == "many":
+        assert torch.equal(torch.sort(torch.stack([data[i][0] for i in range(2)]), dim=0)[0][0],
+                           torch.minimum(*map(train.to_model_range, (train.resize(video, 8), train.resize(255 - video, 8)))))
+    if kind in ("npz", "pt", "one file"):
         assert torch.equal(data[0][0], train.to_model_range(train.resize(video, 8)))
 
 
@@ -450,17 +461,19 @@ def test_latents_keep_their_values_and_are_not_copied(tmp_path, dtype):
     assert {path.suffix for path in data.cache.folder.iterdir()} == {".json"}
 
 
-def test_latents_train_resume_and_sample_without_data_or_pictures(tmp_path):
+def test_latents_train_resume_and_sample_without_data_or_pictures(tmp_path, monkeypatch):
     folder = write_latents(tmp_path / "z")
     train.main([*NO_SIZE, "--data", str(folder), "--latents", "--steps", "2", "--out", "run"])
     train.main(["--resume", "run", "--steps", "3"])
     assert [path.suffix for path in pathlib.Path("run/samples").iterdir()] == [".npz", ".npz"]
     folder.rename(tmp_path / "gone")
+    clips, real = [], train.GaussianDiffusion
+    monkeypatch.setattr(train, "GaussianDiffusion", lambda *a, **more: clips.append(more["clip"]) or real(*a, **more))
     train.main(["sample", "run", "--videos", "2", "--frames", "4", "--sample-steps", "2", "--device", "cpu"])
     with np.load("run/sampled/videos.npz", allow_pickle=False) as arrays:
         videos = arrays["videos"]
     assert videos.shape == (2, 4, 8, 8, 4) and videos.dtype == np.float32
-    assert os.listdir("run/sampled") == ["videos.npz"]
+    assert os.listdir("run/sampled") == ["videos.npz"] and clips == [False]
 
 
 def test_samples_of_latents_are_not_clipped_and_those_of_pixels_are():
