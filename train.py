@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -47,8 +48,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fvd import (UnreadableVideo, find_videos, frechet_distance, load_i3d, open_videos, random_i3d, read_frames,
-                 video_features)  # fmt: skip
+from fvd import (UnreadableVideo, find_videos, frechet_distance, load_array, load_i3d, naming, open_videos, printable,
+                 random_i3d, read_frames, video_features)  # fmt: skip
 from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D
 
 
@@ -259,15 +260,16 @@ def maze_video(seed, frames, size):
 
 
 class MazeVideos(Dataset):
-    """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1]"""
+    """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1], index in `classes`: its wall style"""
 
-    fingerprint, skipped = "maze", []
+    fingerprint, skipped, classes = "maze", [], ("bricks", "boards", "checks")
 
     def __init__(self, split, frames, size, seed=0):
         self.split, self.frames, self.size, self.first = split, frames, size, seed * 2**32
 
     def __getitem__(self, i):
-        return to_model_range(maze_video(maze_seed(self.split, self.first + i), self.frames, self.size))
+        seed = maze_seed(self.split, self.first + i)
+        return to_model_range(maze_video(seed, self.frames, self.size)), maze_style(seed)
 
     def __str__(self):
         return f"endless walks through mazes, drawn as they are needed ({self.split} seeds)"
@@ -276,46 +278,205 @@ class MazeVideos(Dataset):
 # -----------------------------------------------------------------------------
 # 2. Folders
 #
-# Decoding a video takes far longer than a training step needs a window of it. So every video is decoded once, brought
-# to size (short side to `size`, centre crop) and appended to one flat file of uint8 frames, which is then a memory map:
-# larger sets than memory train. Windows of consecutive frames are drawn at random, every video once per epoch.
+# Decoding a video takes far longer than a training step needs a window of it. So every file is decoded once, brought to
+# size (short side to `size`, centre crop) and kept as a flat file of uint8 frames, which is then a memory map: larger
+# sets than memory train. Windows of consecutive frames are drawn at random, every video once per epoch.
+#
+#     file --decode--> KEY.u8, the frames of its videos, then KEY.json, which describes them
+#
+# The key is made of all that the frames depend on, and each file appears whole, by a rename. So a build that was killed
+# goes on with what is missing, and any number of processes and runs build one cache together: at worst two of them
+# decode the same file, and the second replaces the first's frames by equal ones.
+
+SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
+
+
+def find_splits(path):
+    """Sources of videos at or below a path, by split.    -> {"all": list of Path, maybe "train": ..., "test": ...}
+
+    A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its videos'
+    names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part counts, in any
+    case of letters; what is listed but missing stays in the split, to be skipped by its name. Raises UnreadableVideo.
+    """
+    path, parts = Path(path), ("train", "test")
+    splits = {"all": find_videos(path)}
+    if all((path / part).is_dir() for part in parts):
+        return splits | {p: [s for s in splits["all"] if s.relative_to(path).parts[:1] == (p,)] for p in parts}
+    here = {source.name.lower(): source for source in splits["all"]}
+    folders = [path, path.parent, *sorted(path.glob("*/"))] if path.is_dir() else []
+    for folder, pattern in itertools.product(folders, SPLIT_LISTS):
+        lists = [folder / pattern.format(part) for part in parts]
+        if all(file.is_file() for file in lists):
+            names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", file.read_text(errors="replace")) for file in lists]
+            if any(name.lower() in here for name in sum(names, [])):
+                return splits | {p: [here.get(n.lower(), path / n) for n in ns] for p, ns in zip(parts, names)}
+    return splits
 
 
 def to_model_range(video):
-    """uint8 (f, h, w, 3) in 0..255 -> float (3, f, h, w) in [-1, 1]"""
-    return rearrange(torch.from_numpy(np.array(video)), "f h w c -> c f h w").float() / 127.5 - 1
+    """uint8 (f, h, w, c) in 0..255 -> float (c, f, h, w) in [-1, 1]; floats, which are latents, keep their values"""
+    x = rearrange(torch.from_numpy(np.array(video)), "f h w c -> c f h w")
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
-def resize(frames, size):
-    """Short side to `size`, antialiased, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)"""
+def resize(frames, size, antialias=True):
+    """Short side to `size`, bilinear, then centre crop.    uint8 (f, h, w, 3) -> uint8 (f, size, size, 3)
+
+    The papers do it without antialias. Their float pixels are rounded here: 0.5 / 255 is lost at most.
+    """
     h, w = frames.shape[1:3]
     if (h, w) == (size, size):
         return frames
     x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
-    x = F.interpolate(x, (size * h // min(h, w), size * w // min(h, w)), mode="bilinear", antialias=True)
+    x = F.interpolate(x, (size * h // min(h, w), size * w // min(h, w)), mode="bilinear", antialias=antialias)
     frames = rearrange(x.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
-    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
+    top, left = (round((side - size) / 2) for side in frames.shape[1:3])  # torchvision's rounding: 2.5 to 2, 5.5 to 6
     return frames[:, top : top + size, left : left + size]
 
 
-def resized_frames(video, size, batch=64):
+def resized_frames(video, size, antialias, batch=64):
     """Decode a video a few frames at a time.    -> yields uint8 (<= batch, size, size, 3)"""
     frames = []
     for frame in read_frames(video):
         frames.append(frame)
         if len(frames) == batch:
-            yield resize(np.stack(frames), size)
+            yield resize(np.stack(frames), size, antialias)
             frames = []
     if frames:
-        yield resize(np.stack(frames), size)
+        yield resize(np.stack(frames), size, antialias)
 
 
-def fingerprint(root, sources, size):
-    """Changes when a file below `root` is added, removed, replaced or touched.    -> 12 hex digits"""
-    files = [f for s in sources for f in ([s] if s.is_file() else sorted(s.iterdir()) if s.is_dir() else [])]
-    stats = [(os.path.relpath(f, root), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    names = [os.path.relpath(s, root) for s in sources]
-    return hashlib.sha256(json.dumps([size, names, stats]).encode()).hexdigest()[:12]
+class VideoCache(Dataset):
+    """Frames of every source, decoded once.    [i] -> description of source i, or a BadInput
+
+    A description is {"videos": [frames, ...], "skipped": [[name, reason], ...], "bytes": size of the file of frames}.
+    A source without a usable video leaves none, and is tried again by the next run.
+    """
+
+    def __init__(self, folder, sources, size, antialias=True):
+        self.folder, self.sources, self.size, self.antialias = folder, sources, size, antialias
+        self.keys = [folder / digest(size, antialias, str(source.resolve()), state(source)) for source in sources]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.part"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):  # or by one that renames it just now
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    left.unlink()
+
+    def file(self, i):
+        """Where the frames of source i are."""
+        return self.keys[i].with_suffix(".u8")
+
+    def frames(self, i):
+        """All frames of source i, one video after another, memory-mapped.    -> uint8 (n, size, size, 3)"""
+        path = str(self.file(i))  # a Path would be resolved, which takes longer than reading a window
+        return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, self.size, self.size, 3)
+
+    def decode(self, i):
+        """Write the frames of source i.    -> description. Raises UnreadableVideo, BadInput"""
+        videos, skipped = [], []
+
+        def write(path):
+            with open(path, "wb") as out:
+                for video in open_videos(self.sources[i]):
+                    start = out.tell()
+                    try:
+                        for frames in resized_frames(video, self.size, self.antialias):
+                            out.write(frames.tobytes())
+                        videos.append((out.tell() - start) // (self.size**2 * 3))
+                    except UnreadableVideo as error:
+                        skipped.append([error.name, error.reason])
+                        out.seek(start)
+                        out.truncate()
+            if not videos:
+                raise UnreadableVideo(*skipped[0])
+
+        write_whole(self.file(i), write)
+        return {"videos": videos, "skipped": skipped, "bytes": self.file(i).stat().st_size}
+
+    def known(self, i):
+        """The description of source i if its frames are intact, else None."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            description = json.loads(self.keys[i].with_suffix(".json").read_text())
+            if self.file(i).stat().st_size == description["bytes"]:
+                return description
+
+    def __getitem__(self, i):
+        try:
+            description = self.known(i)  # by now, perhaps: another process may build the same cache
+            if description is None:
+                description = self.decode(i)
+                text = json.dumps(description)
+                write_whole(self.keys[i].with_suffix(".json"), lambda path: path.write_text(text))
+            return description
+        except UnreadableVideo as error:
+            return {"videos": [], "skipped": [[error.name, error.reason]]}
+        except BadInput as error:  # returned, since a loader's process would wrap it in a traceback
+            return error
+
+    def build(self, workers):
+        """Decode what is missing, in several processes.    -> the descriptions of all sources"""
+        found = [self.known(i) for i in range(len(self.sources))]
+        missing = [i for i, description in enumerate(found) if description is None]
+        np.random.default_rng().shuffle(missing)  # so that processes that build one cache share the work
+        loader = DataLoader(self, batch_size=None, sampler=missing, num_workers=workers if len(missing) > 1 else 0,
+                            generator=torch.Generator())  # fmt: skip
+        for description, i in zip(tqdm(loader, desc="decoding", unit="file", disable=not missing), missing):
+            if isinstance(description, BadInput):
+                raise description
+            found[i] = description
+        return found
+
+
+class LatentFiles(VideoCache):
+    """Float arrays (f, size, size, channels) as they are: all that is cached is that they were checked."""
+
+    def __init__(self, folder, sources, size, channels):
+        super().__init__(folder, sources, size)
+        self.channels = channels
+
+    def file(self, i):
+        return self.sources[i]
+
+    def frames(self, i):
+        return open_latents(self.sources[i])
+
+    def decode(self, i):
+        """Read source i, to be sure of its values.    -> description. Raises UnreadableVideo"""
+        array = open_latents(self.sources[i])
+        with naming(printable(self.sources[i])):
+            if array.shape[2:] != (self.size, self.channels):
+                raise ValueError(f"shape {array.shape} is not (frames, {self.size}, {self.size}, {self.channels})")
+            if not all((np.abs(frame) <= np.finfo(np.float32).max).all() for frame in array):
+                raise ValueError("it holds NaN or infinite values")
+        return {"videos": [len(array)], "skipped": [], "bytes": self.file(i).stat().st_size}
+
+
+def open_latents(source):
+    """Latents of a video, memory-mapped if the file is .npy.    -> float (f, s, s, c). Raises UnreadableVideo"""
+    with naming(printable(source)):
+        array = load_array(source)
+        if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1] != array.shape[2] or 0 in array.shape:
+            raise ValueError(f"{array.dtype} of shape {array.shape}; latents are float (frames, size, size, channels)")
+        return array
+
+
+def latent_shape(path):
+    """Size and channels of the latents at or below a path, by its first file. Raises BadInput."""
+    try:
+        return open_latents(find_videos(path)[0]).shape[2:]
+    except UnreadableVideo as error:
+        raise BadInput(f"--data {error}") from error
+
+
+def state(source):
+    """Changes when a file, or a file of a folder of images, is replaced or touched.    -> list"""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def digest(*facts):
+    """Short name of anything that JSON can hold.    -> 16 hex digits"""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=2)
@@ -324,83 +485,58 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def build_cache(sources, size, base):
-    """Decode all sources into `base`.u8 and describe them in `base`.json, in this order.    -> the description
-
-    The description is {"videos": [[name, frames], ...], "skipped": [[name, reason], ...]}.
-    """
-    videos, skipped = [], []
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for left in base.parent.glob("*.part"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            left.unlink(missing_ok=True)
-    partial_frames = base.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(partial_frames, "wb") as out:
-            for source in tqdm(sources, desc="decoding", unit="file"):
-                try:
-                    opened = open_videos(source)
-                except UnreadableVideo as error:
-                    skipped.append([error.name, error.reason])
-                    continue
-                for video in opened:
-                    start = out.tell()
-                    try:
-                        for frames in resized_frames(video, size):
-                            out.write(frames.tobytes())
-                        videos.append([video.name, (out.tell() - start) // (size * size * 3)])
-                    except UnreadableVideo as error:
-                        skipped.append([error.name, error.reason])
-                        out.seek(start)
-                        out.truncate()
-        os.replace(partial_frames, base.with_suffix(".u8"))
-    finally:
-        partial_frames.unlink(missing_ok=True)
-    description = {"videos": videos, "skipped": skipped}
-    write_whole(base.with_suffix(".json"), lambda path: path.write_text(json.dumps(description)))
-    return description
-
-
-def read_cache(base, size):
-    """The description of an intact cache, else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        description = json.loads(base.with_suffix(".json").read_text())
-        frames = sum(f for _, f in description["videos"])
-        if base.with_suffix(".u8").stat().st_size == frames * size * size * 3:
-            return description
-
-
 class FolderVideos(Dataset):
-    """Random windows of the videos below a path.    [i] -> (3, frames, size, size) in [-1, 1]
+    """Random windows of the videos below a path.    [i] -> (c, frames, size, size), index of its class
 
-    Window i is the same in every run with the same seed. `held_out` videos, drawn by the seed, are the "test" split,
-    the others "train". Raises BadInput if no video is long enough, or too few are.
+    Window i is the same in every run with the same seed. A video's class is the name of its folder. Pixels are in
+    [-1, 1]; `channels` tells that the files hold latents, which keep their values. split: "train", "test" or "all", by
+    default "train" if there is one (`find_splits`). test: not the videos to train on, but those to compare with: the
+    data set's test split if "train" is trained on, else `held_out` videos, drawn by the seed. Raises BadInput if no
+    video is long enough, or too few are.
     """
 
-    def __init__(self, path, frames, size, cache, seed, split="train", held_out=0):
-        self.path, self.frames, self.size, self.seed = path, frames, size, seed
+    def __init__(self, path, frames, size, cache, seed, split=None, test=False, held_out=0, antialias=True,
+                 channels=None, workers=0):  # fmt: skip
+        self.path, self.frames, self.seed = path, frames, seed
         try:
-            sources = find_videos(path)
+            splits = find_splits(path)
         except UnreadableVideo as error:
             raise BadInput(f"--data {error}") from error
-        self.fingerprint = fingerprint(path, sources, size)
-        # No dot in the name: with_suffix would take what follows it for a suffix, and the fingerprint with it.
-        self.base = cache / f"{re.sub('[^A-Za-z0-9_-]', '_', Path(path).stem)[:64]}-{size}px-{self.fingerprint}"
-        description = read_cache(self.base, size) or build_cache(sources, size, self.base)
-        lengths = np.array([f for _, f in description["videos"]], dtype=int)
-        starts = np.cumsum(lengths) - lengths
-        self.skipped = description["skipped"]
-        if len(lengths) == 0:
-            raise BadInput(f"--data {path}: none of its {len(sources)} files is a usable video{self.why_skipped()}")
-        if lengths.max() < frames:
-            raise BadInput(f"--frames {frames} is more than any video of {path} has: the longest has {lengths.max()}")
-        self.too_short = int((lengths < frames).sum())
-        videos = np.stack([starts, lengths], axis=1)[lengths >= frames]  # (n, 2)
+        split = split or ("train" if "train" in splits else "all")
+        if split not in splits:
+            raise BadInput(f"--split {split}: {path} has neither folders train/ and test/ nor the lists of CARLA or "
+                           "UCF101: leave --split out, to take all videos")  # fmt: skip
+        if split == "train":  # then the data set has a test split to compare with
+            split, test, held_out = "test" if test else "train", False, 0
+        sources = splits[split]
+        folder = cache / f"{re.sub('[^A-Za-z0-9_-]', '_', Path(path).stem)[:64]}-{size}px"
+        kind, detail = (LatentFiles, channels) if channels else (VideoCache, antialias)
+        self.cache = kind(folder, sources, size, detail)
+        descriptions = self.cache.build(workers)
+        self.skipped = [skipped for description in descriptions for skipped in description["skipped"]]
+        self.fingerprint = digest(size, antialias, [[os.path.relpath(s, path), state(s)] for s in sources])
+        self.classes = tuple(sorted({source.parent.name for source in splits["all"]}))
+        videos = self.usable([description["videos"] for description in descriptions])
         if len(videos) <= held_out:
             raise BadInput(f"--eval-videos {held_out} leaves none of the {len(videos)} usable videos for training")
         order = np.random.default_rng(seed).permutation(len(videos))
-        self.videos = videos[np.sort(order[:held_out] if split == "test" else order[held_out:])]
-        self.pixels = None
+        self.videos = videos[np.sort(order[:held_out] if test else order[held_out:])]
+
+    def usable(self, lengths):
+        """Videos that are long enough, of each source's lengths.    -> (n, 4): source, first frame, frames, class"""
+        sources = self.cache.sources
+        videos = np.array([
+            (i, start, length, self.classes.index(sources[i].parent.name))
+            for i, parts in enumerate(lengths) for start, length in zip(np.cumsum([0, *parts]), parts)
+        ])  # fmt: skip
+        if len(videos) == 0:
+            why = self.why_skipped()
+            raise BadInput(f"--data {self.path}: none of its {len(sources)} files is a usable video{why}")
+        longest, enough = videos[:, 2].max(), videos[:, 2] >= self.frames
+        if longest < self.frames:
+            raise BadInput(f"--frames {self.frames} is more than any video of {self.path} has: at most {longest}")
+        self.too_short = int((~enough).sum())
+        return videos[enough]
 
     def why_skipped(self, most=10):
         """One line per file that could not be read."""
@@ -409,19 +545,17 @@ class FolderVideos(Dataset):
         return "".join(lines) + (f"\n    and {more} more" if more > 0 else "")
 
     def __getitem__(self, i):
-        if self.pixels is None:  # opened in the worker that reads
-            flat = np.memmap(self.base.with_suffix(".u8"), dtype=np.uint8, mode="r")
-            self.pixels = flat.reshape(-1, self.size, self.size, 3)
         epoch, k = divmod(i, len(self.videos))
-        start, length = self.videos[epoch_order(self.seed, epoch, len(self.videos))[k]]
+        source, start, length, label = self.videos[epoch_order(self.seed, epoch, len(self.videos))[k]].tolist()
         start += np.random.default_rng([self.seed, epoch, k]).integers(length - self.frames + 1)
-        return to_model_range(self.pixels[start : start + self.frames])
+        return to_model_range(self.cache.frames(source)[start : start + self.frames]), label
 
     def __str__(self):
-        total = int(self.videos[:, 1].sum())
+        total = int(self.videos[:, 2].sum())
         short = f", {self.too_short} shorter than {self.frames} frames left out" if self.too_short else ""
         skipped = f", {len(self.skipped)} unreadable (named at the end)" if self.skipped else ""
-        return f"{len(self.videos)} videos, {total:,} frames, of {self.path}{short}{skipped}, cached in {self.base}.u8"
+        kept = f"{len(self.videos)} videos, {total:,} frames, of {self.path}"
+        return f"{kept}{short}{skipped}, cached in {self.cache.folder}"
 
 
 # -----------------------------------------------------------------------------
@@ -432,6 +566,11 @@ def to_uint8(videos):
     """(b, c, f, h, w) in [-1, 1] -> uint8 (b, f, h, w, c) in 0..255"""
     pixels = ((videos.float() + 1) * 127.5).round().clamp(0, 255).byte()
     return rearrange(pixels, "b c f h w -> b f h w c").cpu().numpy()
+
+
+def latents_to_numpy(latents):
+    """(b, c, f, h, w) -> float32 (b, f, h, w, c)"""
+    return rearrange(latents.float(), "b c f h w -> b f h w c").cpu().numpy()
 
 
 def enlarge(picture, target):
@@ -470,7 +609,7 @@ def write_npz(path, videos):
 
 def write_whole(path, write):
     """Call write(temporary path), then rename it to `path`. Raises BadInput if that fails."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # a pid may be another machine's, too
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -520,16 +659,19 @@ def set_rng_state(state, device):
 
 def make_model(args):
     """The network that a run's arguments describe."""
-    return UNet3D(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
+    return UNet3D(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal,
+                  channels=args.channels)  # fmt: skip
 
 
-def make_data(args, split="train"):
-    """The data set that a run's arguments describe; "test" is held out from training if the run scores its samples."""
+def make_data(args, test=False):
+    """The data set that a run's arguments describe; `test`: the videos that its samples are compared with."""
     if args.data == "maze":
-        return MazeVideos(split, args.frames, args.size, args.seed)
+        return MazeVideos("test" if test else "train", args.frames, args.size, args.seed)
     held_out = args.eval_videos if args.eval_every else 0
     cache = Path(args.out or default_out(args)).parent / "cache"
-    return FolderVideos(args.data, args.frames, args.size, cache, args.seed, split, held_out)
+    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
+    return FolderVideos(args.data, args.frames, args.size, cache, args.seed, args.split, test, held_out, args.antialias,
+                        args.channels if args.latents else None, workers)  # fmt: skip
 
 
 def average_weights(decay):
@@ -584,8 +726,11 @@ def conclude(args, out, step, data):
         return
     print(f"\nwrote {out}/checkpoint.pt")
     print(f"      {out}/log.jsonl")
-    print(f"      {out}/samples/step-{step:06d}.gif")
-    print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
+    if args.latents:
+        print(f"      {out}/samples/step-{step:06d}.npz    (float32: n, frames, size, size, channels)")
+    else:
+        print(f"      {out}/samples/step-{step:06d}.gif")
+        print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
     if data.skipped:
         print(f"skipped {len(data.skipped)} unreadable videos:{data.why_skipped()}")
     print(f"more: python train.py sample {quoted} --videos 16 --frames {2 * args.frames}")
@@ -665,7 +810,7 @@ def train(args, checkpoint=None):
     def show():
         """Samples and score that are due, unless they were written before the run was killed."""
         nonlocal clock
-        sheet = out / "samples" / f"step-{step:06d}.png"  # written last
+        sheet = out / "samples" / f"step-{step:06d}.{'npz' if args.latents else 'png'}"  # written last
         if due(args.sample_every) and not sheet.exists():
             sample_during_training(args, ema.module, data, sheet, device)
         if score and due(args.eval_every) and step not in scored:
@@ -680,7 +825,8 @@ def train(args, checkpoint=None):
     first, start = step, time.time()
     while step < args.steps and not stop:
         for _ in range(args.grad_accum):
-            loss = diffusion.loss(next(batches).to(device, non_blocking=True))
+            videos, _ = next(batches)
+            loss = diffusion.loss(videos.to(device, non_blocking=True))
             (loss / args.grad_accum).backward()
             losses.append(loss.detach())
         optimizer.step()
@@ -712,8 +858,8 @@ class Score:
             self.net = (load_i3d(args.i3d) if args.i3d else random_i3d()).to(device)
         except ValueError as error:
             raise BadInput(f"--i3d {error}") from error
-        self.device, data = device, make_data(args, "test")
-        self.real = self.features(to_uint8(data[i][None])[0] for i in range(args.eval_videos))
+        self.device, data = device, make_data(args, test=True)
+        self.real = self.features(to_uint8(data[i][0][None])[0] for i in range(args.eval_videos))
 
     def features(self, videos):
         clips = tqdm(videos, desc="I3D", unit="video", leave=False)
@@ -729,21 +875,24 @@ class Score:
 
 
 def sample_videos(model, args, count, frames, device, seed, batch, progress=iter):
-    """Videos of a network.    -> uint8 (count, frames, size, size, 3), the same for the same seed"""
-    diffusion = GaussianDiffusion(model, args.diffusion_steps, args.target).to(device)
+    """Videos of a network, the same for the same seed.    -> (count, frames, size, size, c) uint8, latents float32"""
+    diffusion = GaussianDiffusion(model, args.diffusion_steps, args.target, clip=not args.latents).to(device)
+    finish = latents_to_numpy if args.latents else to_uint8
     videos = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for n in [min(batch, count - i) for i in range(0, count, batch)]:
-            noise = torch.randn(n, 3, frames, args.size, args.size).to(device)
-            videos.append(to_uint8(diffusion.sample(noise, args.sample_steps, args.eta, progress)))
+            noise = torch.randn(n, args.channels, frames, args.size, args.size).to(device)
+            videos.append(finish(diffusion.sample(noise, args.sample_steps, args.eta, progress)))
     return np.concatenate(videos)
 
 
 def sample_during_training(args, model, data, path, device):
-    """Write a GIF of samples, and a sheet of samples below one row of data."""
+    """Write a GIF of samples, and a sheet of samples below one row of data; of latents, an array."""
     videos = sample_videos(model, args, args.sample_videos, args.frames, device, args.seed, args.batch)
-    real = to_uint8(data[0][None])
+    if args.latents:
+        return write_whole(path, partial(write_npz, videos=videos))
+    real = to_uint8(data[0][0][None])
     write_gif(path.with_suffix(".gif"), videos, args.fps)
     write_sheet(path.with_suffix(".png"), np.concatenate([real, videos]))
 
@@ -765,10 +914,12 @@ def sample(args):
     out = Path(args.out) if args.out else next(path for path in numbered if not path.exists())
     if (out / "videos.npz").exists():
         raise BadInput(f"--out {out} holds samples already: choose another folder")
-    (out / "gif").mkdir(parents=True, exist_ok=True)
+    (out if run.latents else out / "gif").mkdir(parents=True, exist_ok=True)
     print(f"{args.videos} x {run.frames} frames of {run.size}x{run.size}, {run.sample_steps} steps each, on {device}")
     videos = sample_videos(model.module.to(device), run, args.videos, run.frames, device, args.seed, args.batch, tqdm)
     write_whole(out / "videos.npz", partial(write_npz, videos=videos))
+    if run.latents:
+        return print(f"wrote {out}/videos.npz    (float32 {videos.shape}: n, frames, size, size, channels)")
     write_sheet(out / "sheet.png", videos[:16])
     for i, video in enumerate(videos):
         write_gif(out / "gif" / f"{i:04d}.gif", video[None], run.fps)
@@ -847,10 +998,18 @@ def training_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="maze", help="'maze', or a folder (searched recursively) or file of videos, "
                       "arrays or image sequences (default maze)")  # fmt: skip
+    data.add_argument("--split", choices=("train", "test", "all"), help="part of a data set that has folders train/ "
+                      "and test/, or the lists of CARLA or UCF101 (default train; the papers train on all); a folder "
+                      "without these is taken whole")  # fmt: skip
+    data.add_argument("--antialias", action=argparse.BooleanOptionalAction, default=True,
+                      help="in reducing videos to --size (default yes; the papers: no)")  # fmt: skip
+    data.add_argument("--latents", action="store_true", help="files in --data are float arrays (frames, size, size, "
+                      "channels) of any values, such as a VAE's latents, which are trained on as they are")  # fmt: skip
     data.add_argument("--size", type=positive, help=f"height and width in pixels ({sized('size')})")
     data.add_argument("--frames", type=positive, help=f"frames per video ({sized('frames')})")
     data.add_argument("--workers", type=within(int, 0, 1024),
-                      help="processes that prepare data (default 0 on a CPU, else up to 8)")  # fmt: skip
+                      help="processes that prepare data: decode files, up to 8 by default, and load batches, by "
+                      "default none on a CPU, else up to 8")  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--temporal", default="bi-mamba", metavar="NAME",
                        help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
@@ -904,7 +1063,13 @@ def default_out(args):
 
 def complete(args):
     """Fill in what depends on the device."""
-    args.device = args.device or default_device()
+    args.device, args.channels = args.device or default_device(), 3
+    if args.data == "maze" and (args.split or args.latents or not args.antialias):
+        raise BadInput("--split, --latents and --no-antialias are for --data FOLDER, not for the maze: leave them out")
+    if args.latents and (args.size or args.eval_every or not args.antialias):
+        raise BadInput("--latents are neither resized nor scored: leave out --size, --no-antialias and --eval-every")
+    if args.latents:
+        args.size, args.channels = latent_shape(args.data)
     sized = SIZED["cuda" if args.device.startswith("cuda") else "cpu"]
     for name, value in {**sized, "sample_steps": 50, "eta": 0.0, "fps": 8.0}.items():
         if getattr(args, name) is None:

@@ -919,16 +919,17 @@ class GaussianDiffusion(nn.Module):
 
     model: any callable (x (b, c, f, h, w), t (b) integers in [0, steps)) -> (b, c, f, h, w).
     steps: of the cosine schedule [6] with offset 0.008 and beta <= 0.9999. target: "eps", "v" or "x0".
+    clip: guesses are kept in [-1, 1], as pixels are.
     Raises ValueError for an unknown target or steps < 1.
     """
 
-    def __init__(self, model, steps=256, target="eps"):
+    def __init__(self, model, steps=256, target="eps", clip=True):
         super().__init__()
         if steps < 1:
             raise ValueError(f"a schedule of {steps} steps: choose 1 or more")
         if target not in ("eps", "v", "x0"):
             raise ValueError(f"unknown target {target!r}: choose eps, v or x0")
-        self.model, self.steps, self.target = model, steps, target
+        self.model, self.steps, self.target, self.clip = model, steps, target, clip
         angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
         beta = (1 - (angle[1:].cos() / angle[:-1].cos()).square()).clamp(max=0.9999)
         alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -956,7 +957,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, steps=None, eta=1.0, progress=iter):
-        """Turn noise into videos.    x (b, c, f, h, w) standard normal -> (b, c, f, h, w) in [-1, 1]
+        """Turn noise into videos.    x (b, c, f, h, w) standard normal -> (b, c, f, h, w), in [-1, 1] if clipped
 
         steps: how many of the schedule's steps are visited, evenly spaced; all by default. eta: 1 draws x_s with the
         full variance of q(x_s | x_t, x_0), which on all steps is DDPM's ancestral sampling [5]; 0 adds no noise, which
@@ -970,7 +971,8 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"eta is {eta}: choose 0 (no noise) to 1 (the posterior's)")
         visited = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
         for t, s in progress(list(zip(visited, visited[1:] + [None]))):
-            x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device)).clamp(-1, 1)
+            x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device))
+            x0 = x0.clamp(-1, 1) if self.clip else x0
             if s is None:
                 x = x0
                 continue

@@ -477,7 +477,7 @@ def bench_data(args):
             argv = ["--data", source, "--out", f"{folder}/run", "--size", str(size), "--frames", str(frames)]
             data = train.make_data(train.complete(train.training_parser().parse_args(argv)))
             loader = DataLoader(data, batch, sampler=range(batch * count), num_workers=args.workers)
-            return Work(lambda: sum(len(x) for x in loader))
+            return Work(lambda: sum(len(videos) for videos, _ in loader))
 
         works = {"cache of a folder": loop(str(videos)), "maze": loop("maze")}
         print(f"Batches of {batch} videos, {frames} frames, {size}x{size} pixels, {args.workers} workers\n")
