@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # 1. Scans
@@ -815,13 +816,14 @@ class UNet3D(nn.Module):
 # s as if the guess were right, and repeat.
 
 
-def ddim(denoise, x, t, signal, noise, eta=0.0, progress=iter):
+def ddim(denoise, x, t, signal, noise, eta=0.0, progress=iter, randn_like=torch.randn_like):
     """Sampler of first order.    x (b, ...) at the noisiest step -> (b, ...) at the end
 
     denoise: any callable (x, t_i) -> guess of the clean x. t: the m steps to visit, from noisy to clean, passed on to
     denoise. signal, noise: their rates and those of the end, m + 1 numbers each; (1, 0) is clean. eta: 0 adds no noise,
     which is DDIM [7]; 1 draws from q(x_s | x_t, x_0) with its full variance, which on all steps is DDPM's ancestral
-    sampling [5]. progress wraps the range of steps, e.g. tqdm. Raises ValueError for eta outside 0..1.
+    sampling [5]. progress wraps the range of steps, e.g. tqdm. randn_like draws what eta adds, e.g. by a generator of
+    your own. Raises ValueError for eta outside 0..1.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: choose 0 (no noise) to 1 (the posterior's)")
@@ -830,7 +832,7 @@ def ddim(denoise, x, t, signal, noise, eta=0.0, progress=iter):
         eps = (x - signal[i] * x0) / noise[i]
         # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2) at eta = 1.
         sigma = eta * noise[i + 1] / noise[i] * math.sqrt(1 - (signal[i] / signal[i + 1]) ** 2)
-        x = signal[i + 1] * x0 + math.sqrt(max(noise[i + 1] ** 2 - sigma**2, 0)) * eps + sigma * torch.randn_like(x)
+        x = signal[i + 1] * x0 + math.sqrt(max(noise[i + 1] ** 2 - sigma**2, 0)) * eps + sigma * randn_like(x)
     return x
 
 
@@ -879,18 +881,23 @@ class GaussianDiffusion(nn.Module):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply videos.    t (b) -> two of (b, 1, 1, 1, 1)"""
         return self.signal_rate[t].view(-1, 1, 1, 1, 1), self.noise_rate[t].view(-1, 1, 1, 1, 1)
 
-    def loss(self, x0, t=None, eps=None, cond=None, drop=0.1):
-        """Mean squared error of the prediction.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> scalar
+    def losses(self, x0, t=None, eps=None, cond=None, keep=None):
+        """Mean squared error for each video.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> (b)
 
-        t and eps are drawn unless given. cond (b, cond_dim) is hidden from a clip with probability `drop`, so that the
-        network also learns to do without: guidance needs both.
+        cond (b, cond_dim) is shown where keep (b) is True: guidance needs a network that also knows to do without.
+        t, eps and keep are drawn unless given, keep with probability 0.9.
         """
         t = torch.randint(self.steps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         signal, noise = self.rates(t)
         target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.target]
-        told = () if cond is None else (cond, torch.rand(len(x0), device=x0.device) >= drop)
-        return F.mse_loss(self.model(signal * x0 + noise * eps, t, *told).to(x0.dtype), target)
+        keep = torch.rand(len(x0), device=x0.device) < 0.9 if keep is None else keep
+        out = self.model(signal * x0 + noise * eps, t, *(() if cond is None else (cond, keep)))
+        return (out.to(x0.dtype) - target).square().mean((1, 2, 3, 4))
+
+    def loss(self, *args, **kwargs):
+        """The mean of `losses`, with the same arguments.    -> scalar"""
+        return self.losses(*args, **kwargs).mean()
 
     def predict_x0(self, x, t, cond=None):
         """The network's guess of the video.    x (b, c, f, h, w), t (b), cond (b, cond_dim) -> x0, not clipped"""
@@ -966,12 +973,12 @@ class DiM(nn.Module):
     """Network of Mamba blocks.    x (b, c, f, h, w), t (b) integers, cond (b, cond_dim) -> (b, c_out, f, h, w)
 
     patch: side of a patch in pixels; d: width, a multiple of 8 from 16 on; depth: number of blocks, DIM_SIZES names
-    some; n: state size. channels, out_channels: of the videos. cond_dim, cond, keep: see `Condition`. Frames,
-    height and width are free. Its output is 0 at first. Raises ValueError for another d, and in `forward` for a height
-    or width that is not a multiple of `factor`, which is the patch. Source: [15], [16].
+    some; n: state size. channels, out_channels: of the videos. cond_dim, cond, keep: see `Condition`. recompute: as in
+    UNet3D. Frames, height and width are free. Its output is 0 at first. Raises ValueError for another d, and in
+    `forward` for a height or width that is not a multiple of `factor`, which is the patch. Source: [15], [16].
     """
 
-    def __init__(self, patch=2, d=384, depth=12, n=16, channels=3, out_channels=None, cond_dim=None):
+    def __init__(self, patch=2, d=384, depth=12, n=16, channels=3, out_channels=None, cond_dim=None, recompute=False):
         super().__init__()
         if d < 16 or d % 8:
             raise ValueError(f"a width of {d}: choose a multiple of 8 from 16 on, of which positions take their shares")
@@ -984,6 +991,8 @@ class DiM(nn.Module):
         self.patch_out = nn.Linear(d, (out_channels or channels) * patch**2)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)
+        for block in self.blocks if recompute else []:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def position(self, *size):
         """Sinusoids: half of the features tell the frame, a quarter each the row and the column.    -> (f, h, w, d)"""
