@@ -906,10 +906,10 @@ class GaussianDiffusion(nn.Module):
         return {"eps": (x - noise * out) / signal, "x0": out, "v": signal * x - noise * out}[self.target]
 
     def guided_x0(self, x, t, cond=None, guidance=1.0):
-        """The guess moved away from what it were without the condition [13], then clipped. As `predict_x0`.
+        """The guess, moved on from the one without the condition [13], and clipped. Arguments as in `predict_x0`.
 
-        guidance: 1 is the conditional guess, 0 the unconditional one, more than 1 exaggerates. All three targets are
-        linear in the guess, so it makes no difference which of them is extrapolated.
+        guidance: 0 is the guess without the condition, 1 the one with it, more exaggerates the difference. Each target
+        is linear in the guess: it makes no difference which of them is extrapolated.
         """
         x0 = self.predict_x0(x, t, None if guidance == 0 else cond)
         if cond is not None and guidance not in (0, 1):
