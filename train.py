@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from fvd import (UnreadableVideo, find_videos, frechet_distance, load_array, load_i3d, naming, open_videos, printable,
                  random_i3d, read_frames, video_features)  # fmt: skip
-from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D
+from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D, ddim
 
 
 class BadInput(Exception):
@@ -883,7 +883,7 @@ def sample_videos(model, args, count, frames, device, seed, batch, progress=iter
         torch.manual_seed(seed)
         for n in [min(batch, count - i) for i in range(0, count, batch)]:
             noise = torch.randn(n, args.channels, frames, args.size, args.size).to(device)
-            videos.append(finish(diffusion.sample(noise, args.sample_steps, args.eta, progress)))
+            videos.append(finish(diffusion.sample(noise, args.sample_steps, partial(ddim, eta=args.eta), progress=progress)))
     return np.concatenate(videos)
 
 

@@ -5,7 +5,7 @@ every other frame, and the usual tool, attention over time, needs memory that gr
 frames. The papers below replace it by state-space models (SSMs): linear recurrences over time, run once forward and
 once backward. This file is that method from the recurrence up to the sampler, and runs on any device torch runs on.
 
-    python vdm_ssm.py        checks the scan, then prints parameters, time and memory of the papers' temporal layers
+    python vdm_ssm.py        checks the scan, then prints parameters, time and memory of the papers' layers
 
 References
     [1] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711. v1-v3 use S4D, v4 bidirectional Mamba.
@@ -20,6 +20,10 @@ References
     [11] Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236; Shen et al., arXiv 1812.01243.
     [12] Mehta et al., Long Range Language Modeling via Gated State Spaces, arXiv 2206.13947 (GSS);
          Wang et al., Pretraining Without Attention, arXiv 2212.10544 (BiGS).
+    [13] Ho and Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598.
+    [14] Lu et al., DPM-Solver++, arXiv 2211.01095.
+    [15] Mo and Tian, Scaling Diffusion Mamba with Bidirectional SSMs (DiM), arXiv 2405.15881.
+    [16] Peebles and Xie, Scalable Diffusion Models with Transformers (DiT), arXiv 2212.09748.
 
 Letters
     b batch    c channels    f frames    h w height and width    l sequence length    d width of a sequence
@@ -32,15 +36,16 @@ Map
     2. S4D                an SSM as a convolution
     3. S6                 Mamba's selective SSM
     4. Temporal layers    attention, the blocks around S4D and S6, temporal_layer(name)
-    5. Spatial blocks     step embedding, ResNet block, attention over space, resampling
+    5. Spatial blocks     step embedding, condition, ResNet block, attention over space, resampling
     6. UNet3D
-    7. GaussianDiffusion
+    7. Diffusion          ddim, dpm_solver, GaussianDiffusion
+    8. DiM                the second network: patches and Mamba blocks only
 
 Differs from the papers
     The network computes the same function as the official code, and its parameters are registered in the same order.
     The position table that all official variants carry (32 x heads numbers) exists here for its user only, `attention`.
     Convolutions are 2D over single frames, which is what (1, k, k) kernels are. The official attention stores f x f
-    scores per pixel; here `F.scaled_dot_product_attention` decides.
+    scores per pixel; here `F.scaled_dot_product_attention` decides. What [15] leaves open of DiM is said in section 8.
 """
 
 import math
@@ -53,6 +58,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # 1. Scans
@@ -742,11 +748,33 @@ def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
 
 
 def step_embedding(t, d):
-    """Sinusoids of the diffusion step.    t (b) integers -> (b, d), sines first, then cosines"""
+    """Sinusoids of diffusion steps, or of positions.    t (b) integers -> (b, d), sines first, then cosines"""
     half = d // 2
     freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
     angle = t[:, None] * freqs  # (b, d/2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class Condition(nn.Module):
+    """Appends a condition to the embedding of the step.    emb (b, d), cond (b, cond_dim) -> (b, d + cond_dim)
+
+    cond is any vector, one-hot for a class. A learned null vector [13] takes its place where keep (b), bool, is False,
+    and everywhere if there is no cond. Without a cond_dim nothing is appended. Raises ValueError for another shape.
+    """
+
+    def __init__(self, cond_dim=None):
+        super().__init__()
+        self.null = None if cond_dim is None else nn.Parameter(torch.randn(1, cond_dim))
+
+    def forward(self, emb, cond=None, keep=None):
+        null = emb[:, :0] if self.null is None else self.null.expand(len(emb), -1)
+        cond = null if cond is None else cond
+        if cond.shape != null.shape:
+            raise ValueError(f"a condition of shape {tuple(cond.shape)}: (b, cond_dim) of this network is "
+                             f"{tuple(null.shape)}")  # fmt: skip
+        keep = torch.ones(len(emb), dtype=torch.bool, device=emb.device) if keep is None else keep
+        # The null vector takes part in any case: DistributedDataParallel waits for every parameter's gradient.
+        return torch.cat([emb, torch.where(keep[:, None], cond, null).to(emb.dtype)], dim=1)
 
 
 class FrameConv(nn.Conv2d):
@@ -825,30 +853,32 @@ class OverTime(nn.Module):
 
 
 class UNet3D(nn.Module):
-    """Denoising network.    x (b, c, f, h, w), t (b) integers -> (b, c_out, f, h, w)
+    """Denoising network.    x (b, c, f, h, w), t (b) integers, cond (b, cond_dim) -> (b, c_out, f, h, w)
 
     dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim; each level but the
     last halves height and width. heads: of every attention; head_dim: of attention over time (over space it is 32).
     temporal: a name from TEMPORAL_LAYERS; n, mlp: see `temporal_layer`. channels, out_channels: of the videos.
-    The number of frames is free. Raises ValueError for another dim or an unknown layer, and in `forward` for a height
-    or width that is not a multiple of `factor`, 2^(levels - 1).
+    cond_dim, cond, keep: see `Condition`. The number of frames is free. Raises ValueError for another dim or an
+    unknown layer, and in `forward` for a height or width that is not a multiple of `factor`, 2^(levels - 1).
     Source: [1], [4]. At dim 32, heads 4 it is the 14.1M model of [1].
     """
 
     def __init__(self, dim=32, dim_mults=(1, 2, 4, 8), heads=4, head_dim=64, temporal="bi-mamba", n=None, mlp=None,
-                 channels=3, out_channels=None):  # fmt: skip
+                 channels=3, out_channels=None, cond_dim=None):  # fmt: skip
         super().__init__()
         if dim < 8 or dim % 8:
             raise ValueError(f"dim is {dim}, but must be a positive multiple of 8, the number of groups of the norms")
         widths = [dim, *(dim * m for m in dim_mults)]
         levels = list(zip(widths[:-1], widths[1:]))
-        d_emb = 32 * dim  # the choice of [1]; [4] has 4 dim
+        d_step = 32 * dim  # the choice of [1]; [4] has 4 dim
+        d_emb = d_step + (cond_dim or 0)
         self.dim, self.factor = dim, 2 ** (len(levels) - 1)
         temporal_of = temporal_layer(temporal, heads, head_dim, n, mlp)
 
+        self.condition = Condition(cond_dim)
         self.init_conv = FrameConv(channels, dim, 7, padding=3)
         self.init_time = OverTime(dim, temporal_of(dim))
-        self.embed = nn.Sequential(nn.Linear(dim, d_emb), nn.GELU(), nn.Linear(d_emb, d_emb))
+        self.embed = nn.Sequential(nn.Linear(dim, d_step), nn.GELU(), nn.Linear(d_step, d_step))
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for i, (c, c_out) in enumerate(levels):
             self.downs.append(nn.ModuleList([
@@ -874,11 +904,12 @@ class UNet3D(nn.Module):
         self.out_block = ResBlock(2 * dim, dim)
         self.out_conv = FrameConv(dim, out_channels or channels, 1)
 
-    def forward(self, x, t):
+    def forward(self, x, t, cond=None, keep=None):
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise ValueError(f"frames of {h}x{w} pixels: height and width must be multiples of {self.factor}")
-        emb = self.embed(step_embedding(t, self.dim).to(x.dtype))  # (b, 32 dim)
+        emb = self.embed(step_embedding(t, self.dim).to(x.dtype))
+        emb = self.condition(emb, cond, keep)  # (b, 32 dim + cond_dim)
         x = self.init_conv(x.contiguous(memory_format=torch.channels_last_3d))
         x = self.init_time(x)
         first, skips = x, []
@@ -903,24 +934,63 @@ class UNet3D(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 7. GaussianDiffusion
+# 7. Diffusion
 #
-# Noise is mixed into a video x_0 until nothing of it is left: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-# The network looks at x_t and t and is trained by mean squared error to predict eps [5], or x_0, or
+# Noise is mixed into a video x_0 until nothing of it is left: x_t = signal_t x_0 + noise_t eps, with the two rates
+# signal_t = sqrt(alpha_bar_t) and noise_t = sqrt(1 - alpha_bar_t). The network looks at x_t and t and is trained by
+# mean squared error to predict eps [5], or x_0, or
 #
-#     v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0        [8];
+#     v = signal_t eps - noise_t x_0        [8];
 #
-# with x_t known, each gives the others. Sampling goes from noise to video: predict x_0 from x_t, draw x_s for an
-# earlier step s from q(x_s | x_t, x_0), and repeat.
+# with x_t known, each gives the others. Sampling goes from noise to video: guess x_0 from x_t, move to an earlier step
+# s as if the guess were right, and repeat.
+
+
+def ddim(denoise, x, t, signal, noise, eta=0.0, progress=iter, randn_like=torch.randn_like):
+    """Sampler of first order.    x (b, ...) at the noisiest step -> (b, ...) at the end
+
+    denoise: any callable (x, t_i) -> guess of the clean x. t: the m steps to visit, from noisy to clean, passed on to
+    denoise. signal, noise: their rates and those of the end, m + 1 numbers each; (1, 0) is clean. eta: 0 adds no noise,
+    which is DDIM [7]; 1 draws from q(x_s | x_t, x_0) with its full variance, which on all steps is DDPM's ancestral
+    sampling [5]. progress wraps the range of steps, e.g. tqdm. randn_like draws what eta adds, e.g. by a generator of
+    your own. Raises ValueError for eta outside 0..1.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose 0 (no noise) to 1 (the posterior's)")
+    for i in progress(range(len(t))):
+        x0 = denoise(x, t[i])
+        eps = (x - signal[i] * x0) / noise[i]
+        # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2) at eta = 1.
+        sigma = eta * noise[i + 1] / noise[i] * math.sqrt(1 - (signal[i] / signal[i + 1]) ** 2)
+        x = signal[i + 1] * x0 + math.sqrt(max(noise[i + 1] ** 2 - sigma**2, 0)) * eps + sigma * randn_like(x)
+    return x
+
+
+def dpm_solver(denoise, x, t, signal, noise, progress=iter):
+    """Sampler of second order, DPM-Solver++ (2M) [14].    x (b, ...) at the noisiest step -> (b, ...) at the end
+
+    Arguments as in `ddim`. DDIM is exact if the guess stays the same during a step. Here it may change linearly with
+    log(signal / noise): what counts is its value in the middle of the step, extrapolated from the last two guesses.
+    Differs from [14]: by no more than half of their difference, as if the last step had been as long as this one.
+    """
+    last = None
+    for i in progress(range(len(t))):
+        x0 = guess = denoise(x, t[i])
+        if last is not None and noise[i + 1] > 0:  # a line takes two guesses, and a clean end is infinitely far
+            before, now, after = (math.log(signal[j] / noise[j]) for j in (i - 1, i, i + 1))
+            x0 = guess + min((after - now) / (now - before), 1) / 2 * (guess - last)
+        last = guess
+        x = signal[i + 1] * x0 + noise[i + 1] / noise[i] * (x - signal[i] * x0)
+    return x
 
 
 class GaussianDiffusion(nn.Module):
-    """Training loss and sampler around a network.
+    """Training loss and sampling around a network.
 
-    model: any callable (x (b, c, f, h, w), t (b) integers in [0, steps)) -> (b, c, f, h, w).
-    steps: of the cosine schedule [6] with offset 0.008 and beta <= 0.9999. target: "eps", "v" or "x0".
-    clip: guesses are kept in [-1, 1], as pixels are.
-    Raises ValueError for an unknown target or steps < 1.
+    model: any callable (x (b, c, f, h, w), t (b) integers in [0, steps)) -> (b, c, f, h, w), which also takes cond and
+    keep (see `Condition`) if it is to be conditional. steps: of the cosine schedule [6] with offset 0.008 and
+    beta <= 0.9999. target: "eps", "v" or "x0". clip: guesses are kept in [-1, 1], as pixels are.
+    Raises ValueError for an unknown target or steps < 1. Needs: ddim.
     """
 
     def __init__(self, model, steps=256, target="eps", clip=True):
@@ -941,48 +1011,140 @@ class GaussianDiffusion(nn.Module):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply videos.    t (b) -> two of (b, 1, 1, 1, 1)"""
         return self.signal_rate[t].view(-1, 1, 1, 1, 1), self.noise_rate[t].view(-1, 1, 1, 1, 1)
 
-    def loss(self, x0, t=None, eps=None):
-        """Mean squared error of the prediction.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> scalar"""
+    def losses(self, x0, t=None, eps=None, cond=None, keep=None):
+        """Mean squared error for each video.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> (b)
+
+        cond (b, cond_dim) is shown where keep (b) is True: guidance needs a network that also knows to do without.
+        t, eps and keep are drawn unless given, keep with probability 0.9.
+        """
         t = torch.randint(self.steps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         signal, noise = self.rates(t)
         target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.target]
-        return F.mse_loss(self.model(signal * x0 + noise * eps, t).to(x0.dtype), target)
+        keep = torch.rand(len(x0), device=x0.device) < 0.9 if keep is None else keep
+        out = self.model(signal * x0 + noise * eps, t, *(() if cond is None else (cond, keep)))
+        return (out.to(x0.dtype) - target).square().mean((1, 2, 3, 4))
 
-    def predict_x0(self, x, t):
-        """The network's guess of the video.    x (b, c, f, h, w), t (b) -> x0, not clipped"""
+    def loss(self, *args, **kwargs):
+        """The mean of `losses`, with the same arguments.    -> scalar"""
+        return self.losses(*args, **kwargs).mean()
+
+    def predict_x0(self, x, t, cond=None):
+        """The network's guess of the video.    x (b, c, f, h, w), t (b), cond (b, cond_dim) -> x0, not clipped"""
         signal, noise = self.rates(t)
-        out = self.model(x, t).to(x.dtype)
+        out = self.model(x, t, *(() if cond is None else (cond,))).to(x.dtype)
         return {"eps": (x - noise * out) / signal, "x0": out, "v": signal * x - noise * out}[self.target]
 
+    def guided_x0(self, x, t, cond=None, guidance=1.0):
+        """The guess, moved on from the one without the condition [13], and clipped. Arguments as in `predict_x0`.
+
+        guidance: 0 is the guess without the condition, 1 the one with it, more exaggerates the difference. Each target
+        is linear in the guess: it makes no difference which of them is extrapolated.
+        """
+        x0 = self.predict_x0(x, t, None if guidance == 0 else cond)
+        if cond is not None and guidance not in (0, 1):
+            null = self.predict_x0(x, t)
+            x0 = null + guidance * (x0 - null)
+        return x0.clamp(-1, 1) if self.clip else x0
+
     @torch.no_grad()
-    def sample(self, x, steps=None, eta=1.0, progress=iter):
+    def sample(self, x, steps=None, sampler=ddim, cond=None, guidance=1.0, progress=iter):
         """Turn noise into videos.    x (b, c, f, h, w) standard normal -> (b, c, f, h, w), in [-1, 1] if clipped
 
-        steps: how many of the schedule's steps are visited, evenly spaced; all by default. eta: 1 draws x_s with the
-        full variance of q(x_s | x_t, x_0), which on all steps is DDPM's ancestral sampling [5]; 0 adds no noise, which
-        is DDIM [7]. progress: wraps the list of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps and
-        eta outside 0..1.
+        steps: how many of the schedule's steps are visited, evenly spaced; all by default. sampler: ddim, dpm_solver
+        or any function like them; partial(ddim, eta=1.0) is DDPM. cond (b, cond_dim), guidance: see `guided_x0`.
+        progress: wraps the range of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps.
         """
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"cannot sample in {steps} steps: choose 1 to {self.steps}, the steps of the schedule")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}: choose 0 (no noise) to 1 (the posterior's)")
         visited = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        for t, s in progress(list(zip(visited, visited[1:] + [None]))):
-            x0 = self.predict_x0(x, torch.full((len(x),), t, device=x.device))
-            x0 = x0.clamp(-1, 1) if self.clip else x0
-            if s is None:
-                x = x0
-                continue
-            # q(x_s | x_t, x_0) = N(signal_s x0 + sqrt(noise_s^2 - sigma^2) eps, sigma^2); x_t and x0 give eps.
-            signal_t, signal_s, noise_t, noise_s = (r[i] for r in (self.signal_rate, self.noise_rate) for i in (t, s))
-            eps = (x - signal_t * x0) / noise_t
-            sigma = eta * noise_s / noise_t * (1 - (signal_t / signal_s).square()).sqrt()
-            x = signal_s * x0 + (noise_s.square() - sigma.square()).clamp(min=0).sqrt() * eps
-            x = x + sigma * torch.randn_like(x)
-        return x
+        signal, noise = [*self.signal_rate[visited].tolist(), 1.0], [*self.noise_rate[visited].tolist(), 0.0]
+        denoise = lambda x, t: self.guided_x0(x, torch.full((len(x),), t, device=x.device), cond, guidance)
+        return sampler(denoise, x, visited, signal, noise, progress=progress)
+
+
+# -----------------------------------------------------------------------------
+# 8. DiM
+#
+# A network without attention and without a U-Net's levels [15]: frames are cut into patches of p x p pixels, each
+# patch becomes a token, and all tokens of a clip, frame after frame and row after row in a frame, form one sequence for
+# Mamba blocks that run both ways. The cost is linear in the number of tokens, of an image (f = 1) as of a video.
+#
+# [15] leaves open how the step and the condition enter, and its sizes. Here they enter as in DiT [16], by adaLN-zero:
+# they scale and shift what a block sees, and gate what it adds, with gates that are closed at first. DIM_SIZES are
+# those of DiT: an assumption.
+
+DIM_SIZES = {
+    "S": dict(depth=12, d=384), "B": dict(depth=12, d=768), "L": dict(depth=24, d=1024), "XL": dict(depth=28, d=1152),
+}  # fmt: skip
+
+
+class DiMBlock(nn.Module):
+    """x + gate * mamba(scale * norm(x) + shift).    x (b, l, d), emb (b, d_emb) -> (b, l, d)
+
+    The identity at first, whatever emb is: adaLN-zero [16]. Needs: MambaBlock, S6.
+    """
+
+    def __init__(self, d, d_emb, n=16):
+        super().__init__()
+        self.to_modulation = nn.Linear(d_emb, 3 * d)
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.mamba = MambaBlock(partial(S6, n=n), d)
+        nn.init.zeros_(self.to_modulation.weight)
+        nn.init.zeros_(self.to_modulation.bias)
+
+    def forward(self, x, emb):
+        scale, shift, gate = rearrange(self.to_modulation(F.silu(emb)), "b (three d) -> three b 1 d", three=3)
+        return x + gate * self.mamba(self.norm(x) * (scale + 1) + shift)
+
+
+class DiM(nn.Module):
+    """Network of Mamba blocks.    x (b, c, f, h, w), t (b) integers, cond (b, cond_dim) -> (b, c_out, f, h, w)
+
+    patch: side of a patch in pixels; d: width, a multiple of 8 from 16 on; depth: number of blocks, DIM_SIZES names
+    some; n: state size. channels, out_channels: of the videos. cond_dim, cond, keep: see `Condition`. recompute: as in
+    UNet3D. Frames, height and width are free. Its output is 0 at first. Raises ValueError for another d, and in
+    `forward` for a height or width that is not a multiple of `factor`, which is the patch. Source: [15], [16].
+    """
+
+    def __init__(self, patch=2, d=384, depth=12, n=16, channels=3, out_channels=None, cond_dim=None, recompute=False):
+        super().__init__()
+        if d < 16 or d % 8:
+            raise ValueError(f"a width of {d}: choose a multiple of 8 from 16 on, of which positions take their shares")
+        self.d, self.factor = d, patch
+        self.patch_in = nn.Linear(channels * patch**2, d)
+        self.embed = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
+        self.condition = Condition(cond_dim)
+        self.blocks = nn.ModuleList(DiMBlock(d, d + (cond_dim or 0), n) for _ in range(depth))
+        self.norm = nn.LayerNorm(d)
+        self.patch_out = nn.Linear(d, (out_channels or channels) * patch**2)
+        nn.init.zeros_(self.patch_out.weight)
+        nn.init.zeros_(self.patch_out.bias)
+        for block in self.blocks if recompute else []:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def position(self, *size):
+        """Sinusoids: half of the features tell the frame, a quarter each the row and the column.    -> (f, h, w, d)"""
+        shares = self.d // 2, self.d // 4, self.d // 4
+        at = [step_embedding(torch.arange(k, device=self.norm.weight.device), d) for k, d in zip(size, shares)]
+        return torch.cat([
+            at[0][:, None, None].expand(*size, -1), at[1][:, None].expand(*size, -1), at[2].expand(*size, -1),
+        ], dim=-1)  # fmt: skip
+
+    def forward(self, x, t, cond=None, keep=None):
+        f, (h, w), p = x.shape[2], x.shape[-2:], self.factor
+        if h % p or w % p:
+            raise ValueError(f"frames of {h}x{w} pixels: height and width must be multiples of the patch, {p}")
+        emb = self.embed(step_embedding(t, self.d).to(x.dtype))
+        emb = self.condition(emb, cond, keep)  # (b, d + cond_dim)
+        x = self.patch_in(rearrange(x, "b c f (h p) (w q) -> b f h w (c p q)", p=p, q=p))  # (b, f, h/p, w/p, d)
+        x = x + self.position(*x.shape[1:4]).to(x.dtype)
+        x = rearrange(x, "b f h w d -> b (f h w) d")
+        for block in self.blocks:
+            x = block(x, emb)
+        x = self.patch_out(self.norm(x))
+        return rearrange(x, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h // p, p=p, q=p)
 
 
 # -----------------------------------------------------------------------------
@@ -1044,22 +1206,40 @@ def check_s4d(l=100, d=32):
     print(f"S4D as a convolution against S4D step by step: {relative_error(layer(u), torch.stack(ys, 1)):.0e}")
 
 
-# The first 13 names are the papers' layers, the others forward-only ablations.
-def table_of_layers(names=TEMPORAL_LAYERS[:13], frames=(16, 64, 256), pixels=32, d=64):
-    """Print parameters, and time and peak memory of forward + backward, of each temporal layer."""
-    print(f"\nForward + backward of one layer, {pixels} pixels, width {d}, 8 heads, float32, CPU: ms | peak MB")
-    print(f"{'':17s}{'parameters':>11s}" + "".join(f"{f'{f} frames':>18s}" for f in frames))
-    for name in names:
-        layer = temporal_layer(name)(d)
+def table(title, layers, shapes, call=lambda layer, x: layer(x)):
+    """Print parameters, and time and peak memory of forward + backward, of each layer.
+
+    layers: by name; shapes: by the column's title, of the input; call(layer, input): runs a layer.
+    """
+    print(f"\n{title}, forward + backward, float32, CPU: ms | peak MB")
+    print(f"{'':17s}{'parameters':>11s}" + "".join(f"{column:>18s}" for column in shapes))
+    for name, layer in layers.items():
         row = f"{name:17s}{sum(p.numel() for p in layer.parameters()):11,d}"
-        for f in frames:
-            x = torch.randn(pixels, f, d, requires_grad=True)
+        for shape in shapes.values():
+            x = torch.randn(shape, requires_grad=True)
             with PeakMemory() as memory:  # also warms up
-                layer(x).sum().backward()
+                call(layer, x).sum().backward()
             start = time.perf_counter()
-            layer(x).sum().backward()
+            call(layer, x).sum().backward()
             row += f"{1e3 * (time.perf_counter() - start):10.1f} |{memory.peak / 2**20:6.1f}"
         print(row, flush=True)
+
+
+def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=32, d=64):
+    """The papers' temporal layers; the other names are forward-only ablations."""
+    layers = {name: temporal_layer(name)(d) for name in names}
+    shapes = {f"{f} frames": (pixels, f, d) for f in (16, 64, 256)}
+    table(f"One temporal layer, {pixels} pixels, width {d}, 8 heads", layers, shapes)
+
+
+def table_of_dim(d=64):
+    """A block of DiM beside a transformer's: attention to all tokens of a clip, and an MLP."""
+    transformer = nn.TransformerEncoderLayer(d, 8, 4 * d, dropout=0.0, batch_first=True, norm_first=True)
+    layers, emb = {"DiM": DiMBlock(d, d), "transformer": transformer}, torch.randn(1, d)
+    nn.init.normal_(layers["DiM"].to_modulation.weight, std=0.02)  # else the gates are closed
+    shapes = {f"{l} tokens": (1, l, d) for l in (256, 1024, 4096)}
+    call = lambda layer, x: layer(x, emb) if isinstance(layer, DiMBlock) else layer(x)
+    table(f"One block of a network of tokens, width {d}, 8 heads", layers, shapes, call)
 
 
 if __name__ == "__main__":
@@ -1067,3 +1247,4 @@ if __name__ == "__main__":
     check_scan()
     check_s4d()
     table_of_layers()
+    table_of_dim()

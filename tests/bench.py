@@ -6,6 +6,7 @@
     python tests/bench.py s4d                          S4D both ways, against two FFT convolutions between flips
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
     python tests/bench.py unet --with amp compile      a training step, and what each option gives
+    python tests/bench.py dim                          a block of DiM and a transformer's, by the number of tokens
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
     python tests/bench.py fvd                          features per second against the bare I3D
     ... --json FILE  --repeats N  --threads N  --quick (tiny sizes: is everything in order?)
@@ -213,7 +214,20 @@ def unet_work(variant, frames, device, size=32):
     return Work(forward, backward, held=3 * sum(p.nbytes for p in model.parameters()))  # Adam has two of each
 
 
-MAKERS = {"scan": scan_work, "s4d": s4d_work, "layers": layer_work, "unet": unet_work}
+def dim_work(variant, frames, device, size=32, patch=2, d=384, heads=6):
+    """One block at the width of DiT-S, for a clip of `frames` frames; "DiM", or "transformer": attention and an MLP."""
+    torch.manual_seed(0)
+    if variant == "DiM":
+        block, told = vdm_ssm.DiMBlock(d, d), [torch.randn(1, d, device=device)]
+        torch.nn.init.normal_(block.to_modulation.weight, std=0.02)  # else the gates are closed
+    else:
+        block, told = torch.nn.TransformerEncoderLayer(d, heads, 4 * d, 0.0, batch_first=True, norm_first=True), []
+    x = torch.randn(1, frames * (size // patch) ** 2, d, device=device, requires_grad=True)
+    leaves = [x, *block.to(device).parameters()]
+    return Work(lambda: block(x, *told), lambda y: torch.autograd.grad(y, leaves, torch.ones_like(y)))
+
+
+MAKERS = {"scan": scan_work, "s4d": s4d_work, "layers": layer_work, "unet": unet_work, "dim": dim_work}
 
 
 # -----------------------------------------------------------------------------
@@ -425,6 +439,15 @@ def bench_unet(args):
     return by_frames(args, names, [4, 8] if args.quick else [16, 64], sizes)
 
 
+def bench_dim(args):
+    """A clip as one sequence, to 65,536 tokens."""
+    sizes = {"size": 8, "d": 32, "heads": 2} if args.quick else {"size": 32, "d": 384, "heads": 6}
+    tokens = (sizes["size"] // 2) ** 2
+    print("One block, width {d}, frames of {size}x{size} pixels, patch 2, ".format(**sizes), end="")
+    print(f"{tokens} tokens a frame, batch 1, float32, forward + backward")
+    return by_frames(args, ["transformer", "DiM"], [4, 16] if args.quick else [4, 16, 64, 256], sizes)
+
+
 def by_frames(args, names, frames, sizes):
     """Variants in rows, numbers of frames in columns. Ratios are to the first of `names`."""
     groups, frames = {}, args.frames or frames
@@ -502,8 +525,8 @@ def bench_fvd(args):
     return rates(args, {"video_features": Work(features), "bare I3D": Work(bare)}, n, "features/s")
 
 
-BENCHMARKS = {"scan": bench_scan, "s4d": bench_s4d, "layers": bench_layers, "unet": bench_unet, "data": bench_data,
-              "fvd": bench_fvd}  # fmt: skip
+BENCHMARKS = {"scan": bench_scan, "s4d": bench_s4d, "layers": bench_layers, "unet": bench_unet, "dim": bench_dim,
+              "data": bench_data, "fvd": bench_fvd}  # fmt: skip
 
 
 def parser():
@@ -518,7 +541,7 @@ def parser():
     parser.add_argument("--peers", action="store_true", help="scan: naive loops; mambapy, mamba_ssm if installed")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="scan: of u, dt, B and C")
     parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet: temporal layers")
-    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet: numbers of frames")
+    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim: numbers of frames")
     parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile"),
                         metavar="OPTION", help="unet: also with each of amp, compile")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")

@@ -1,13 +1,15 @@
-"""The schedule, the targets and the sampler, against closed forms."""
+"""The schedule, the targets and the samplers, against closed forms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from vdm_ssm import GaussianDiffusion, UNet3D
+from vdm_ssm import GaussianDiffusion, UNet3D, ddim, dpm_solver
 
 SHAPE = (2, 3, 4, 8, 8)
+ancestral = partial(ddim, eta=1.0)
 
 
 def perfect_model(x0, target, steps=256):
@@ -53,12 +55,14 @@ def test_loss_of_a_zero_network_is_the_variance_of_its_target():
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
-@pytest.mark.parametrize("steps, eta", [(256, 1.0), (50, 0.0), (10, 0.0), (2, 0.0)])
-def test_sampling_with_a_perfect_network_returns_the_video(target, steps, eta):
+@pytest.mark.parametrize("steps, sampler", [
+    (256, ancestral), (50, ddim), (10, ddim), (2, ddim), (50, dpm_solver), (5, dpm_solver), (2, dpm_solver),
+])  # fmt: skip
+def test_sampling_with_a_perfect_network_returns_the_video(target, steps, sampler):
     torch.manual_seed(0)
     x0 = torch.rand(SHAPE) * 1.8 - 0.9
     d = GaussianDiffusion(perfect_model(x0, target), target=target)
-    x = d.sample(torch.randn(SHAPE), steps, eta)
+    x = d.sample(torch.randn(SHAPE), steps, sampler)
     assert torch.allclose(x, x0, atol=1e-3)
 
 
@@ -69,7 +73,7 @@ def test_eta_one_on_all_steps_is_ancestral_sampling():
     d = GaussianDiffusion(model, steps=7, target="eps").double()
     x = start = torch.randn(SHAPE, dtype=torch.float64)
     torch.manual_seed(1)
-    sampled = d.sample(start)
+    sampled = d.sample(start, sampler=ancestral)
     alpha_bar = d.signal_rate.square()
     torch.manual_seed(1)
     for t in reversed(range(7)):
@@ -84,13 +88,21 @@ def test_eta_one_on_all_steps_is_ancestral_sampling():
     assert torch.allclose(sampled, x, atol=1e-5)
 
 
-def test_eta_zero_is_deterministic_and_the_result_is_within_range():
+def test_without_noise_sampling_is_deterministic_and_the_result_is_within_range():
     torch.manual_seed(0)
     d = GaussianDiffusion(UNet3D(dim=8, dim_mults=(1, 2), heads=1), steps=20)
     start = torch.randn(SHAPE)
-    once, again = d.sample(start, 5, eta=0.0), d.sample(start, 5, eta=0.0)
-    assert torch.equal(once, again) and once.abs().max() <= 1
-    assert not torch.equal(d.sample(start, 5), d.sample(start, 5))
+    for sampler in (ddim, dpm_solver):
+        once, again = d.sample(start, 5, sampler), d.sample(start, 5, sampler)
+        assert torch.equal(once, again) and once.abs().max() <= 1
+    assert not torch.equal(d.sample(start, 5, ancestral), d.sample(start, 5, ancestral))
+
+
+def test_latents_are_not_clipped():
+    model, far = perfect_model(torch.full(SHAPE, 3.0), "v"), torch.randn(SHAPE)
+    for clip, value in ((True, 1.0), (False, 3.0)):
+        x = GaussianDiffusion(model, target="v", clip=clip).sample(far, 5)
+        assert torch.allclose(x, torch.tensor(value), atol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [0, 21, -1])
@@ -102,9 +114,109 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_impossible_eta_is_refused(eta):
     with pytest.raises(ValueError, match="eta"):
-        GaussianDiffusion(None, steps=20).sample(torch.randn(SHAPE), eta=eta)
+        ddim(None, torch.randn(SHAPE), [0], [0.5, 1.0], [0.5, 0.0], eta)
 
 
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="eps, v or x0"):
         GaussianDiffusion(None, target="score")
+
+
+# Gaussian data N(MEAN, COVARIANCE): the best guess of x_0 is linear in x_t, so a whole sampler is affine in its noise,
+# and its exact law follows from where it takes 0 and the unit vectors.
+
+VARIANCES = torch.tensor([0.6, 0.2, 0.05], dtype=torch.float64)
+TURN = torch.linalg.qr(torch.tensor([[1.0, 2, 3], [0, 1, 4], [5, 6, 0]], dtype=torch.float64)).Q
+MEAN, COVARIANCE = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64), TURN @ torch.diag(VARIANCES) @ TURN.T
+
+
+def best_guess(x, signal, noise):
+    """E[x_0 | x_t].    x (b, 3), signal, noise numbers -> (b, 3)"""
+    gain = signal * COVARIANCE @ torch.linalg.inv(signal**2 * COVARIANCE + noise**2 * torch.eye(3))
+    return MEAN + (x - signal * MEAN) @ gain.T
+
+
+def best_network(target, steps=256):
+    """The diffusion around the best network for this data."""
+    d = GaussianDiffusion(None, steps, target, clip=False).double()
+
+    def model(x, t):
+        signal, noise = d.signal_rate[t[0]], d.noise_rate[t[0]]
+        x0 = best_guess(x.flatten(1), signal, noise).view_as(x)
+        eps = (x - signal * x0) / noise
+        return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[target]
+
+    d.model = model
+    return d
+
+
+def law(d, steps, sampler):
+    """Exact mean and covariance of samples. Row 0 has no noise; each other row has one unit of it at one place."""
+    rows = torch.zeros(1 + 3 * (1 + steps), 3, dtype=torch.float64)
+    noises = iter(range(1, len(rows), 3))
+
+    def unit(*_):
+        here, noise = next(noises), torch.zeros_like(rows)
+        noise[here : here + 3] = torch.eye(3)
+        return noise.view(-1, 1, 1, 1, 3)
+
+    sampler = sampler if sampler is dpm_solver else partial(sampler, randn_like=unit)
+    y = d.sample(unit(), steps, sampler).view_as(rows)
+    effect = y[1:] - y[0]
+    return y[0], effect.T @ effect
+
+
+@pytest.mark.parametrize("target", ["eps", "v", "x0"])
+@pytest.mark.parametrize("sampler, steps, error", [
+    (ancestral, 256, 0.03), (ddim, 256, 0.015), (ddim, 50, 0.06), (dpm_solver, 256, 0.002), (dpm_solver, 50, 0.003),
+])  # fmt: skip
+def test_samples_of_gaussian_data_have_its_mean_and_covariance(target, sampler, steps, error):
+    mean, covariance = law(best_network(target), steps, sampler)
+    assert torch.allclose(mean, MEAN, atol=1e-3)
+    assert (covariance - COVARIANCE).norm() < error * COVARIANCE.norm()
+    assert ((TURN.T @ covariance @ TURN).diagonal() / VARIANCES - 1).abs().max() < 3 * error  # the small ones as well
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_the_second_order_is_nearer_also_in_few_steps(steps):
+    first, second = (law(best_network("v"), steps, sampler)[1] for sampler in (ddim, dpm_solver))
+    assert (second - COVARIANCE).norm() < 0.7 * (first - COVARIANCE).norm()
+
+
+def test_eta_one_on_all_steps_has_the_variance_of_ancestral_sampling():
+    """Along each axis, the variance that DDPM's posterior, eq. 6-7, leaves after every step, starting from 1."""
+    d = best_network("eps", 40)
+    alpha_bar, variance = d.signal_rate.square(), torch.ones(3).double()
+    for t in reversed(range(40)):
+        before = alpha_bar[t - 1] if t else torch.tensor(1.0).double()
+        beta = 1 - alpha_bar[t] / before
+        guess = alpha_bar[t].sqrt() * VARIANCES / (alpha_bar[t] * VARIANCES + 1 - alpha_bar[t])
+        slope = (before.sqrt() * beta * guess + (1 - beta).sqrt() * (1 - before)) / (1 - alpha_bar[t])
+        variance = slope**2 * variance + beta * (1 - before) / (1 - alpha_bar[t])
+    _, covariance = law(d, 40, ancestral)
+    assert torch.allclose(TURN.T @ covariance @ TURN, torch.diag(variance), atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (dpm_solver, 2)])
+def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
+    """Against the probability flow, which stretches x_t - signal MEAN with its standard deviation along each axis."""
+    start, errors = torch.eye(3, dtype=torch.float64), []
+    for steps in (64, 128, 256):
+        r = torch.linspace(-2, 3, steps + 1).double()  # log(signal / noise)
+        signal, noise = torch.sigmoid(2 * r).sqrt(), torch.sigmoid(-2 * r).sqrt()
+        guess = lambda x, i: best_guess(x, signal[i], noise[i])
+        end = sampler(guess, start, range(steps), signal.tolist(), noise.tolist())
+        deviation = (signal[:, None] ** 2 * VARIANCES + noise[:, None] ** 2).sqrt()
+        flow = TURN @ torch.diag(deviation[-1] / deviation[0]) @ TURN.T
+        errors.append((end - signal[-1] * MEAN - (start - signal[0] * MEAN) @ flow).norm())
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(math.log2(coarse / fine) - order) < 0.1
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_samplers_take_any_tensor_any_steps_and_any_end(sampler):
+    """A guess that never changes: the result is signal times it, plus noise times the eps of the start."""
+    x0, eps, visited = torch.full((2, 5), 0.4).double(), torch.randn(2, 5).double(), []
+    guess = lambda x, t: visited.append(t) or x0
+    y = sampler(guess, 0.6 * x0 + 0.8 * eps, "abc", [0.6, 0.7, 0.8, 0.9], [0.8, 0.5, 0.3, 0.2])
+    assert torch.allclose(y, 0.9 * x0 + 0.2 * eps) and visited == ["a", "b", "c"]

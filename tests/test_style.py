@@ -39,7 +39,7 @@ def needs(name):
     return set(re.split(r",\s*", found.group(1))) if found else set()
 
 
-BIG = {"temporal_layer", "UNet3D"}  # they are the sum of their parts
+BIG = {"temporal_layer", "UNet3D", "DiM"}  # they are the sum of their parts
 
 
 @pytest.mark.parametrize("name", [name for name in pieces() if name not in BIG])

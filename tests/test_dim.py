@@ -1,0 +1,171 @@
+"""DiM is the identity's neighbour at first, sees all of a clip, and costs what its tokens cost."""
+
+import copy
+
+import pytest
+import torch
+from test_unet import fill
+from torch import nn
+
+from vdm_ssm import DIM_SIZES, DiM, GaussianDiffusion, PeakMemory
+
+T = torch.tensor([3, 200])
+
+
+def small(**changes):
+    return DiM(**dict(patch=2, d=16, depth=2, n=4) | changes)
+
+
+def video(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def without_positions(model):
+    model.position = lambda *size: torch.zeros(())
+    return model
+
+
+def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
+    torch.manual_seed(0)
+    model = small(cond_dim=3)
+    assert model(torch.randn(2, 3, 4, 8, 8), T, torch.randn(2, 3)).abs().max() == 0
+    x = torch.randn(2, 7, 16)
+    assert all(torch.equal(block(x, torch.randn(2, 19)), x) for block in model.blocks)
+
+
+def test_after_three_steps_of_training_every_parameter_learns():
+    """The first step moves the output layer, the second opens the gates, the third reaches what is behind them."""
+    torch.manual_seed(0)
+    model = small(cond_dim=3)
+    diffusion, x = GaussianDiffusion(model, target="v"), torch.rand(8, 3, 2, 4, 4) * 2 - 1
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        diffusion.loss(x, cond=torch.randn(8, 3), keep=torch.arange(8) < 4).backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    model = without_positions(small(channels=4, depth=0))
+    for layer in (model.patch_in, model.patch_out):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    model.norm = nn.Identity()
+    x = torch.randn(2, 4, 3, 6, 8)
+    assert torch.equal(model(x, T), x)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pixel_reaches_its_own_patch_alone_and_through_one_block_the_whole_clip(depth):
+    model = fill(small(depth=depth, patch=2)).double()
+    x = video(2, 3, 3, 4, 6)
+    moved = x.clone()
+    moved[0, 1, 1, 2, 5] += 1
+    changed = (model(moved, T) - model(x, T)).abs().amax(1) > 1e-12  # (b, f, h, w)
+    patch = torch.zeros(3, 4, 6, dtype=torch.bool)
+    patch[1, 2:4, 4:6] = True
+    assert torch.equal(changed[0], patch | (depth > 0)) and not changed[1].any()
+
+
+def test_reversing_the_clip_is_swapping_the_directions():
+    """Frames, rows and columns reversed are the sequence reversed, as tokens are pixels and positions are left out."""
+    model, swapped = (without_positions(fill(small(patch=1))).double() for _ in range(2))
+    for block in swapped.blocks:
+        mamba = block.mamba
+        mamba.ahead, mamba.back = mamba.back, mamba.ahead
+        mamba.ahead_conv, mamba.back_conv = mamba.back_conv, mamba.ahead_conv
+    x = video(2, 3, 2, 3, 4)
+    assert torch.allclose(swapped(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-10)
+    assert not torch.allclose(model(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-3)
+
+
+def test_tokens_run_frame_after_frame_and_row_after_row():
+    """A forward-only block: a pixel changes itself and what comes after it."""
+    model = fill(small(patch=1, depth=1)).double()
+    model.blocks[0].mamba.back = None
+    x = video(2, 3, 2, 3, 4)
+    moved = x.clone()
+    moved[0, 0, 1, 1, 2] += 1
+    changed = (model(moved, T) - model(x, T))[0].abs().amax(0).flatten() > 1e-12
+    assert torch.equal(changed, torch.arange(24) >= 12 + 4 + 2)
+
+
+def test_every_place_has_its_own_position_and_any_shape_is_taken():
+    model = fill(small())
+    positions = model.position(5, 6, 7)
+    assert positions.shape == (5, 6, 7, 16)
+    assert torch.cdist(positions.view(-1, 16), positions.view(-1, 16)).fill_diagonal_(9).min() > 1e-2
+    assert torch.equal(model.position(2, 3, 4), positions[:2, :3, :4])  # longer clips continue shorter ones
+    for f, h, w in ((1, 8, 8), (5, 2, 10)):
+        assert model(torch.randn(2, 3, f, h, w), T).shape == (2, 3, f, h, w)
+    assert small(channels=4, out_channels=8)(torch.randn(2, 4, 2, 4, 4), T).shape == (2, 8, 2, 4, 4)
+
+
+def test_step_and_clips_of_a_batch_are_separate():
+    model = fill(small()).double()
+    x = video(3, 3, 2, 4, 4)
+    y = model(x, torch.tensor([3, 9, 200]))
+    assert torch.allclose(y[1:2], model(x[1:2], torch.tensor([9])), atol=1e-12)
+    assert not torch.allclose(y[1:2], model(x[1:2], torch.tensor([10])), atol=1e-3)
+
+
+@pytest.mark.parametrize("patch, d, depth, n, channels, cond_dim", [(2, 16, 2, 4, 3, None), (4, 48, 3, 16, 5, 7)])
+def test_number_of_parameters_is_the_closed_form(patch, d, depth, n, channels, cond_dim):
+    wide, k, told = 2 * d, -(-2 * d // 16), d + (cond_dim or 0)
+    ssm = wide * n + wide + wide * (k + 2 * n) + (k + 1) * wide  # A, D, u -> dt, B, C, rank k -> dt
+    block = (told + 1) * 3 * d + (d + 1) * 2 * wide + 2 * (5 * wide + ssm) + (wide + 1) * d
+    pixels = channels * patch**2
+    whole = (pixels + 1) * d + 2 * (d + 1) * d + (cond_dim or 0) + depth * block + 2 * d + (d + 1) * pixels
+    model = small(patch=patch, d=d, depth=depth, n=n, channels=channels, cond_dim=cond_dim)
+    assert sum(p.numel() for p in model.parameters()) == whole
+
+
+def test_sizes_are_those_of_dit():
+    assert {k: (s["depth"], s["d"]) for k, s in DIM_SIZES.items()} == {
+        "S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}  # fmt: skip
+    with torch.device("meta"):
+        assert all(len(DiM(**size).blocks) == size["depth"] for size in DIM_SIZES.values())
+
+
+def test_memory_is_linear_in_the_number_of_tokens():
+    model = fill(small(patch=1))
+    peaks = []
+    for f in (4, 8, 16):
+        with PeakMemory() as memory:
+            model(torch.randn(1, 3, f, 8, 8), T[:1]).sum().backward()
+        peaks.append(memory.peak)
+        model.zero_grad()
+    assert (peaks[2] - peaks[1]) <= 2.2 * (peaks[1] - peaks[0])
+
+
+def test_recomputing_gives_the_same_gradients_in_less_memory():
+    peaks, gradients = [], []
+    for recompute in (False, True):
+        model = copy.deepcopy(fill(small(depth=6, recompute=recompute)))  # as the average of the weights is made
+        x = torch.randn(1, 3, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        with PeakMemory() as memory:
+            model(x, T[:1]).sum().backward()
+        peaks.append(memory.peak)
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_autocast_gives_nearly_the_same_output_and_trains():
+    model = fill(small(cond_dim=3))
+    x, cond = torch.randn(2, 3, 3, 4, 4), torch.randn(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x, T, cond, torch.tensor([True, False]))
+        y.float().square().mean().backward()
+    exact = model(x, T, cond, torch.tensor([True, False]))
+    assert (y.float() - exact).norm() / exact.norm() < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_patches_that_do_not_fit_and_odd_widths_are_refused():
+    with pytest.raises(ValueError, match="multiples of the patch, 4"):
+        small(patch=4)(torch.zeros(1, 3, 2, 6, 8), T[:1])
+    for d in (8, 20):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            small(d=d)
