@@ -480,7 +480,7 @@ def test_samples_of_latents_are_not_clipped_and_those_of_pixels_are():
     wide = lambda x, t: torch.full_like(x, 5.0)
     for clip, value in ((True, 1.0), (False, 5.0)):
         diffusion = train.GaussianDiffusion(wide, steps=8, target="x0", clip=clip)
-        assert (diffusion.sample(torch.randn(1, 4, 2, 4, 4), steps=4, eta=0.0) == value).all()
+        assert (diffusion.sample(torch.randn(1, 4, 2, 4, 4), steps=4) == value).all()
 
 
 def test_arrays_that_are_no_latents_are_named_with_the_reason(tmp_path):
