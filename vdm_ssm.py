@@ -858,13 +858,15 @@ class UNet3D(nn.Module):
     dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim; each level but the
     last halves height and width. heads: of every attention; head_dim: of attention over time (over space it is 32).
     temporal: a name from TEMPORAL_LAYERS; n, mlp: see `temporal_layer`. channels, out_channels: of the videos.
-    cond_dim, cond, keep: see `Condition`. The number of frames is free. Raises ValueError for another dim or an
-    unknown layer, and in `forward` for a height or width that is not a multiple of `factor`, 2^(levels - 1).
+    cond_dim, cond, keep: see `Condition`. recompute: keep only the inputs of the blocks for the backward pass, and
+    compute their insides again there: the same numbers in less memory and more time. The number of frames is free.
+    Raises ValueError for another dim or an unknown layer, and in `forward` for a height or width that is not a multiple
+    of `factor`, 2^(levels - 1).
     Source: [1], [4]. At dim 32, heads 4 it is the 14.1M model of [1].
     """
 
     def __init__(self, dim=32, dim_mults=(1, 2, 4, 8), heads=4, head_dim=64, temporal="bi-mamba", n=None, mlp=None,
-                 channels=3, out_channels=None, cond_dim=None):  # fmt: skip
+                 channels=3, out_channels=None, cond_dim=None, recompute=False):  # fmt: skip
         super().__init__()
         if dim < 8 or dim % 8:
             raise ValueError(f"dim is {dim}, but must be a positive multiple of 8, the number of groups of the norms")
@@ -903,6 +905,9 @@ class UNet3D(nn.Module):
         self.mid_block2 = ResBlock(c, c, d_emb)
         self.out_block = ResBlock(2 * dim, dim)
         self.out_conv = FrameConv(dim, out_channels or channels, 1)
+        for block in self.modules():
+            if recompute and isinstance(block, (ResBlock, OverSpace, OverTime)):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def forward(self, x, t, cond=None, keep=None):
         h, w = x.shape[-2:]

@@ -5,7 +5,8 @@
     python tests/bench.py scan --device cuda --dtype bfloat16
     python tests/bench.py s4d                          S4D both ways, against two FFT convolutions between flips
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
-    python tests/bench.py unet --with amp compile      a training step, and what each option gives
+    python tests/bench.py unet --with amp compile recompute    a training step, and what each option gives
+    python tests/bench.py memory                       memory of large training steps, counted without taking them
     python tests/bench.py dim                          a block of DiM and a transformer's, by the number of tokens
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
     python tests/bench.py fvd                          features per second against the bare I3D
@@ -28,6 +29,7 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -41,11 +43,14 @@ import tempfile
 import time
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,6 +62,12 @@ PATIENCE = 20  # seconds a variant may use beyond two turns
 SHAPES = [(256, 16, 128, 16), (256, 64, 128, 16), (64, 256, 128, 16), (16, 1024, 128, 16), (64, 64, 512, 16)]
 SHAPES_GPU = [(8192, 16, 128, 16), (8192, 64, 128, 16), (8192, 256, 128, 16)]  # 8 videos of 32x32 pixels
 LAYERS = ("attention-explicit", *TEMPORAL_LAYERS)
+PAPERS = [  # temporal layer, dim, pixels, batch, frames of the commands in README, and of the largest model
+    *(("bi-s4d", 64, size, 32, 16) for size in (32, 64)),
+    *(("bi-s4d", 64, 32, 8, frames) for frames in (64, 150, 200, 400)),
+    *(("bi-mamba", 32, 32, 8, frames) for frames in (16, 64, 256)),
+    *(("bi-mamba", 112, 32, 1, frames) for frames in (16, 64, 256)),
+]  # fmt: skip
 BOTH = ("forward", "both")  # the passes of a scan that are timed
 
 
@@ -192,14 +203,18 @@ def layer_work(variant, frames, device, pixels=32, d=64):
     return Work(lambda: layer(x), lambda y: torch.autograd.grad(y, leaves, torch.ones_like(y)))
 
 
+def make_unet(temporal, **options):
+    model = UNet3D(temporal=temporal.removesuffix("-explicit"), **options)
+    return make_explicit(model) if temporal.endswith("-explicit") else model
+
+
 def unet_work(variant, frames, device, size=32):
     """A training step; variant is a temporal layer and options, "bi-mamba + amp"."""
     torch.manual_seed(0)
     temporal, *options = variant.split(" + ")
-    model = UNet3D(dim=32, heads=4, temporal=temporal.removesuffix("-explicit"))
-    model = (make_explicit(model) if temporal.endswith("-explicit") else model).to(device)
+    model = make_unet(temporal, dim=32, heads=4, recompute="recompute" in options).to(device)
     diffusion = GaussianDiffusion(torch.compile(model) if "compile" in options else model).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     x = torch.rand(1, 3, frames, size, size, device=device) * 2 - 1
 
     def forward():
@@ -525,8 +540,38 @@ def bench_fvd(args):
     return rates(args, {"video_features": Work(features), "bare I3D": Work(bare)}, n, "features/s")
 
 
+def counted(temporal, dim, size, batch, frames, recompute):
+    """Bytes of a training step in float32, from the sizes of its tensors; nothing is computed.    -> dict"""
+    blocks, gpu = vdm_ssm.SelectiveScan.blocks, torch.device("cuda")
+    of_a_gpu = staticmethod(lambda ctx, u, n: blocks(ctx, SimpleNamespace(shape=u.shape, device=gpu), n))
+    with FakeTensorMode(), patch.object(vdm_ssm.SelectiveScan, "blocks", of_a_gpu):
+        model = UNet3D(dim=dim, heads=dim // 8, temporal=temporal, recompute=recompute)
+        x, t = torch.randn(batch, 3, frames, size, size), torch.zeros(batch, dtype=torch.long)
+        with vdm_ssm.PeakMemory() as memory:
+            loss = GaussianDiffusion(model).losses(x, t, x).mean()
+            kept = memory.now
+            loss.backward()
+    weights = sum(p.nbytes for p in model.parameters())
+    return {"weights": weights, "kept": kept, "peak": memory.peak + 4 * weights}  # Adam's averages and the EMA
+
+
+def bench_memory(args):
+    """Training steps of the papers' models. The peak holds weights, gradients, Adam's averages, EMA and activations."""
+    cases = [("bi-s4d", 8, 8, 2, 4), ("bi-mamba", 8, 8, 2, 4)] if args.quick else PAPERS
+    records, rows = [], []
+    for case, recompute in itertools.product(cases, (False, True)):
+        record = dict(zip(("temporal", "dim", "size", "batch", "frames"), case), recompute=recompute)
+        records.append(record | counted(**record))
+        gib = [number(records[-1][key] / 2**30) for key in ("weights", "kept", "peak")]
+        rows.append([case[0] + recompute * " + recompute", *map(str, case[1:]), *gib])
+        print(*rows[-1], file=sys.stderr)
+    print("A training step of UNet3D as a GPU takes it, counted: workspaces and fragmentation come on top. GiB\n")
+    table(["unet", "dim", "pixels", "batch", "frames", "weights", "kept for backward", "peak"], rows)
+    return records
+
+
 BENCHMARKS = {"scan": bench_scan, "s4d": bench_s4d, "layers": bench_layers, "unet": bench_unet, "dim": bench_dim,
-              "data": bench_data, "fvd": bench_fvd}  # fmt: skip
+              "memory": bench_memory, "data": bench_data, "fvd": bench_fvd}  # fmt: skip
 
 
 def parser():
@@ -542,8 +587,8 @@ def parser():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="scan: of u, dt, B and C")
     parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet: temporal layers")
     parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim: numbers of frames")
-    parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile"),
-                        metavar="OPTION", help="unet: also with each of amp, compile")  # fmt: skip
+    parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile", "recompute"),
+                        metavar="OPTION", help="unet: also with each of amp, compile, recompute")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")
     parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     return parser
