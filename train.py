@@ -3,6 +3,8 @@
     python train.py                            walks through a maze, on whatever device there is
     python train.py --data FOLDER              your own videos: mp4, gif, npy, folders of images, ...
     python train.py --temporal attention       another temporal layer, to compare
+    python train.py --backbone dim             another network, DiM
+    python train.py --class-cond               told the class of each video
     python train.py --resume runs/maze         go on where a run stopped
     python train.py sample runs/maze --videos 16 --frames 64
     python train.py plot runs/maze runs/maze-2
@@ -55,7 +57,7 @@ from tqdm import tqdm
 
 from fvd import (UnreadableVideo, find_videos, frechet_distance, load_array, load_i3d, naming, open_videos, printable,
                  random_i3d, read_frames, video_features)  # fmt: skip
-from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, UNet3D, ddim
+from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, DiM, GaussianDiffusion, UNet3D, ddim, dpm_solver
 
 try:
     import resource
@@ -858,8 +860,20 @@ def peak_memory(device):
 
 def make_model(args):
     """The network that a run's arguments describe."""
-    return UNet3D(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal,
-                  channels=args.channels, recompute=args.recompute)  # fmt: skip
+    common = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
+    if args.backbone == "dim":
+        return DiM(args.patch, args.width, args.depth, **common)
+    return UNet3D(args.dim, tuple(args.dim_mults), args.heads, temporal=args.temporal, **common)
+
+
+def one_hot(args, labels, device):
+    """Classes as the network takes them, None if it takes none.    labels (b) integers -> (b, classes)"""
+    return F.one_hot(torch.as_tensor(labels), len(args.classes)).float().to(device) if args.classes else None
+
+
+def listed(names, most=10):
+    """["a", "b"] -> "a, b", cut if there are many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def make_data(args, test=False):
@@ -900,8 +914,12 @@ def announce(args, ranks, out, model, data):
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     how = ["bfloat16" if args.amp else "float32", *(name for name in ("compile", "recompute") if getattr(args, name))]
     print(f"device      {ranks.size} x {args.device}{threads}, {', '.join(how)}")
-    print(f"model       {args.temporal}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    dim = f"DiM, {args.depth} blocks of width {args.width}, patches of {args.patch}x{args.patch}"
+    name = dim if args.backbone == "dim" else f"U-Net, {args.temporal}"
+    print(f"model       {name}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"data        {data}")
+    if args.classes:
+        print(f"classes     {listed(args.classes)}")
     per_step = f"{args.batch} x {args.grad_accum} x {ranks.size} per step"
     print(f"videos      {args.frames} frames of {args.size}x{args.size}, {per_step}")
     print(f"writes      {out}: checkpoints, log.jsonl, samples/ every {args.sample_every} steps", flush=True)
@@ -927,7 +945,7 @@ def conclude(args, out, step, data):
 
 def check_resumed(args, checkpoint, data, per_step):
     """Raise BadInput if data or ranks would make it another run."""
-    if checkpoint["data"] != data.fingerprint:
+    if (checkpoint["data"], checkpoint["args"]["classes"]) != (data.fingerprint, args.classes):
         raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
     if checkpoint["per_step"] != per_step:
         raise BadInput(f"this run takes {checkpoint['per_step']} videos a step; --batch {args.batch} x --grad-accum "
@@ -942,6 +960,9 @@ def train(args, checkpoint=None):
     device, per_step = ranks.device, args.batch * args.grad_accum * ranks.size
     torch.manual_seed(args.seed)
     data = ranks.main_first(lambda: make_data(args))
+    args.classes = list(data.classes) if args.class_cond else []
+    if len(args.classes) == 1:
+        raise BadInput(f"--class-cond needs two classes or more, a folder each: all videos lie in {args.classes[0]}")
     # Kernels lie as activations do: 5 % faster, and their gradients fit the buckets of DistributedDataParallel.
     model = make_model(args).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=average_weights(args.ema))
@@ -1050,12 +1071,13 @@ def train(args, checkpoint=None):
     began, start = step, time.time()
     while step < args.steps and not ranks.any(stop):
         for k in range(args.grad_accum):
-            items, (x0, _) = next(batches)
+            items, (x0, labels) = next(batches)
             x0, rngs = x0.to(device, non_blocking=True), generators(args.seed, items, device)
-            t = randint(args.diffusion_steps, rngs)
+            t, eps = randint(args.diffusion_steps, rngs), randn(x0.shape[1:], rngs)
+            cond, keep = one_hot(args, labels, device), randint(10**6, rngs) >= 10**6 * args.cond_drop
             wrapped.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
             with autocast():
-                loss = diffusion.losses(x0, t, randn(x0.shape[1:], rngs))  # (b)
+                loss = diffusion.losses(x0, t, eps, cond, keep)  # (b)
             (loss.mean() / args.grad_accum).backward()
             losses.append(torch.stack([t, loss.detach()]))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
@@ -1112,18 +1134,21 @@ class Score:
 def sample_videos(model, args, device, items, progress=iter):
     """Videos of a network.    -> (len(items), frames, size, size, c), uint8, latents float32
 
-    The same seed and item is the same video, whatever is drawn beside it.
+    The same seed and item is the same video, whatever is drawn beside it. Items take the classes in turn.
     """
     diffusion = GaussianDiffusion(model, args.diffusion_steps, args.target, clip=not args.latents).to(device)
     finish = latents_to_numpy if args.latents else to_uint8
     videos = []
     for i in range(0, len(items), args.batch):
-        rngs = generators(args.seed, items[i : i + args.batch])
+        part = items[i : i + args.batch]
+        rngs = generators(args.seed, part)
         noise = lambda x: randn(x.shape[1:], rngs).to(device)
-        sampler = partial(ddim, eta=args.eta, randn_like=noise)
+        sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
+        turn = [k % max(1, len(args.classes)) if args.label is None else args.label for k in part]
+        cond = one_hot(args, turn, device)
         x = randn((args.channels, args.frames, args.size, args.size), rngs).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            videos.append(finish(diffusion.sample(x, args.sample_steps, sampler, progress=progress)))
+            videos.append(finish(diffusion.sample(x, args.sample_steps, sampler, cond, args.guidance, progress)))
     return np.concatenate(videos)
 
 
@@ -1143,10 +1168,11 @@ def sample(args):
     run = argparse.Namespace(**checkpoint["args"])
     run.device, run.seed, run.batch = args.device, args.seed, args.batch
     run.frames, run.eval_every, run.compile = args.frames or run.frames, 0, False
-    for name in ("size", "sample_steps", "eta", "fps"):
+    for name in ("size", "sampler", "sample_steps", "eta", "guidance", "fps"):
         if getattr(args, name) is not None:
             setattr(run, name, getattr(args, name))
     run.amp &= computes_bfloat16(args.device)
+    run.label = None if args.label is None else class_number(args.label, run.classes)
     check(run)
     if args.out and Path(args.out, "videos.npz").exists():
         raise BadInput(f"--out {args.out} holds samples already: choose another folder")
@@ -1160,6 +1186,15 @@ def sample(args):
     if ranks.main:
         write_samples(args, run, videos)
     ranks.close()
+
+
+def class_number(name, classes):
+    """A class by its name or its number in text -> number. Raises BadInput."""
+    if not classes:
+        raise BadInput(f"--class {name} needs a model that knows classes: train one with --class-cond")
+    if name not in classes and not (name.isdecimal() and int(name) < len(classes)):
+        raise BadInput(f"--class {name} is none of the {len(classes)} classes of this run: {listed(classes)}")
+    return classes.index(name) if name in classes else int(name)
 
 
 def samples_folder(args):
@@ -1189,11 +1224,19 @@ def write_samples(args, run, videos):
 
 # What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
 SIZED = {
-    "cpu": dict(size=16, frames=8, dim=32, dim_mults=[1, 2, 4], heads=4, batch=4, steps=500, lr=1e-3, ema=0.995,
-                sample_every=500),
-    "cuda": dict(size=32, frames=16, dim=64, dim_mults=[1, 2, 4, 8], heads=8, batch=16, steps=20_000, lr=3e-4,
-                 ema=0.9995, sample_every=2000),
-}  # fmt: skip
+    "cpu": dict(size=16, frames=8, batch=4, steps=500, lr=1e-3, ema=0.995, sample_every=500),
+    "cuda": dict(size=32, frames=16, batch=16, steps=20_000, lr=3e-4, ema=0.9995, sample_every=2000),
+}
+BACKBONES = {  # with their options
+    "unet": {
+        "cpu": dict(temporal="bi-mamba", dim=32, dim_mults=[1, 2, 4], heads=4),
+        "cuda": dict(temporal="bi-mamba", dim=64, dim_mults=[1, 2, 4, 8], heads=8),
+    },
+    "dim": {
+        "cpu": dict(dim_size=None, patch=4, width=192, depth=6),
+        "cuda": dict(dim_size=None, patch=2, width=384, depth=12),
+    },
+}
 
 
 def default_device():
@@ -1233,10 +1276,14 @@ def multiples(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,2,4") from None
 
 
-def add_sampling_arguments(group, steps, eta, fps):
-    """Options of every sampler, with what to say of their defaults."""
+def add_sampling_arguments(group, sampler, steps, eta, guidance, fps):
+    """Options of every sampling, with what to say of their defaults."""
+    group.add_argument("--sampler", choices=("ddim", "dpm"), help="ddim, or dpm, DPM-Solver++ of second order "
+                       f"(default {sampler})")  # fmt: skip
     group.add_argument("--sample-steps", type=positive, help=f"denoising steps per sample (default {steps})")
-    group.add_argument("--eta", type=within(float, 0, 1), help=f"noise in sampling: 0 DDIM, 1 DDPM (default {eta})")
+    group.add_argument("--eta", type=within(float, 0, 1), help=f"noise in ddim: 0 DDIM, 1 DDPM (default {eta})")
+    group.add_argument("--guidance", type=within(float, -100, 100), help="weight of the class: 0 ignores it, more than "
+                       f"1 exaggerates it (default {guidance})")  # fmt: skip
     group.add_argument("--fps", type=within(float, 0.1, 100), help=f"frames per second of the GIFs (default {fps})")
 
 
@@ -1244,7 +1291,8 @@ def training_parser():
     """Options of training; what depends on the device has no default yet."""
 
     def sized(name):
-        gpu, cpu = (str(SIZED[kind][name]).strip("[]").replace(", ", ",") for kind in ("cuda", "cpu"))
+        defaults = [SIZED[kind] | BACKBONES["unet"][kind] | BACKBONES["dim"][kind] for kind in ("cuda", "cpu")]
+        gpu, cpu = (str(default[name]).strip("[]").replace(", ", ",") for default in defaults)
         return f"default {gpu} on a GPU, else {cpu}"
 
     parser = Parser(
@@ -1268,14 +1316,26 @@ def training_parser():
     data.add_argument("--workers", type=within(int, 0, 1024),
                       help="processes that prepare data: decode files, up to 8 by default, and load batches, by "
                       "default none on a CPU, else up to 8")  # fmt: skip
+    data.add_argument("--class-cond", action="store_true", help="tell the network the class of each video: the folder "
+                      "it lies in, or the maze's style of walls")  # fmt: skip
+    data.add_argument("--cond-drop", type=within(float, 0, 1), help="share of videos whose class is hidden in "
+                      "training, for --guidance (default 0.1)")  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument("--temporal", default="bi-mamba", metavar="NAME",
-                       help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
-    model.add_argument("--dim", type=positive, help=f"width of the first level, a multiple of 8 ({sized('dim')})")
-    model.add_argument("--dim-mults", type=multiples, help=f"levels' widths in units of dim ({sized('dim_mults')})")
-    model.add_argument("--heads", type=positive, help=f"attention heads ({sized('heads')})")
+    model.add_argument("--backbone", default="unet", choices=BACKBONES, help="network (default unet)")
     model.add_argument("--target", default="v", choices=("eps", "v", "x0"), help="what it predicts (default v)")
     model.add_argument("--diffusion-steps", type=positive, default=256, help="steps of the schedule (default 256)")
+    unet = parser.add_argument_group("U-Net (--backbone unet)")
+    unet.add_argument("--temporal", metavar="NAME",
+                      help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
+    unet.add_argument("--dim", type=positive, help=f"width of the first level, a multiple of 8 ({sized('dim')})")
+    unet.add_argument("--dim-mults", type=multiples, help=f"levels' widths in units of dim ({sized('dim_mults')})")
+    unet.add_argument("--heads", type=positive, help=f"attention heads ({sized('heads')})")
+    dim = parser.add_argument_group("DiM (--backbone dim)")
+    sizes = ", ".join(f"{name} {size['depth']} x {size['d']}" for name, size in DIM_SIZES.items())
+    dim.add_argument("--dim-size", choices=DIM_SIZES, help=f"depth x width of DiT: {sizes}")
+    dim.add_argument("--depth", type=positive, help=f"blocks (that of --dim-size; {sized('depth')})")
+    dim.add_argument("--width", type=positive, help=f"numbers per token, a multiple of 8 ({sized('width')})")
+    dim.add_argument("--patch", type=positive, help=f"side of a token in pixels ({sized('patch')})")
     loop = parser.add_argument_group("training")
     loop.add_argument("--steps", type=positive, help=f"optimiser steps in all ({sized('steps')})")
     loop.add_argument("--batch", type=positive, help=f"videos per backward pass and process ({sized('batch')})")
@@ -1310,7 +1370,7 @@ def training_parser():
     run.add_argument("--eval-videos", type=positive, default=64, help="samples and held-out videos of a score "
                      "(default 64); few videos score high, compare equal numbers only")  # fmt: skip
     run.add_argument("--i3d", metavar="FILE", help="I3D's weights, see fvd.py; without them it is FD-random, not FVD")
-    add_sampling_arguments(run, 50, 0, 8)
+    add_sampling_arguments(run, "ddim", 50, 0, 1, 8)
     return parser
 
 
@@ -1325,7 +1385,9 @@ def sampling_parser():
     parser.add_argument("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of the noise (default 0)")
     parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best)")
     parser.add_argument("--out", help="folder to write to (default RUN/sampled, numbered if taken)")
-    add_sampling_arguments(parser, *["that of the run"] * 3)
+    parser.add_argument("--class", dest="label", metavar="CLASS",
+                        help="name or number of the class to draw (default: all in turn)")  # fmt: skip
+    add_sampling_arguments(parser, *["that of the run"] * 5)
     return parser
 
 
@@ -1343,6 +1405,11 @@ def computes_bfloat16(device):
     return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def flags(names):
+    """["dim_mults", "heads"] -> "--dim-mults, --heads\""""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def default_out(args):
     return Path("runs") / (Path(args.data).stem or "videos")
 
@@ -1356,10 +1423,21 @@ def complete(args):
         raise BadInput("--latents are neither resized nor scored: leave out --size, --no-antialias and --eval-every")
     if args.latents:
         args.size, args.channels = latent_shape(args.data)
-    sized = SIZED["cuda" if args.device.startswith("cuda") else "cpu"]
+    kind = "cuda" if args.device.startswith("cuda") else "cpu"
+    for backbone in BACKBONES.keys() - {args.backbone}:
+        alien = [name for name in BACKBONES[backbone][kind] if getattr(args, name) is not None]
+        if alien:
+            raise BadInput(f"{flags(alien)} of --backbone {backbone}: leave it out, this is --backbone {args.backbone}")
+    if args.cond_drop is not None and not args.class_cond:
+        raise BadInput("--cond-drop hides classes, which only --class-cond shows: give both or neither")
+    args.classes, args.label = [], None  # until the data is known, until one is asked for
+    sized = SIZED[kind] | BACKBONES[args.backbone][kind]
+    if args.dim_size:
+        sized |= {"depth": DIM_SIZES[args.dim_size]["depth"], "width": DIM_SIZES[args.dim_size]["d"]}
     if (args.warmup or 0) > (args.steps or sized["steps"]):
         raise BadInput(f"--warmup {args.warmup} is longer than the run of --steps {args.steps or sized['steps']}")
-    other = {"sample_steps": 50, "eta": 0.0, "fps": 8.0, "warmup": 50, "amp": computes_bfloat16(args.device)}
+    other = {"sampler": "ddim", "sample_steps": 50, "eta": 0.0, "guidance": 1.0, "fps": 8.0, "warmup": 50,
+             "cond_drop": 0.1, "amp": computes_bfloat16(args.device)}  # fmt: skip
     for name, value in {**sized, **other}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1372,7 +1450,8 @@ def complete(args):
 
 # What a resumed run may change; anything else would make it another run.
 FREE = {"data", "steps", "batch", "grad_accum", "workers", "device", "amp", "compile", "recompute", "out", "resume",
-        "save_every", "keep", "sample_every", "sample_videos", "sample_steps", "eta", "fps"}  # fmt: skip
+        "save_every", "keep", "sample_every", "sample_videos", "sampler", "sample_steps", "eta",
+        "guidance", "fps"}  # fmt: skip
 
 
 def resumed(parser, argv):
@@ -1391,8 +1470,8 @@ def resumed(parser, argv):
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
     if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
-        raise BadInput(f"--resume cannot change {flags}: leave it out, or start a new run with --out")
+        were = ", ".join(f"{flags([name])} (was {saved[name]})" for name in changed)
+        raise BadInput(f"--resume cannot change {were}: leave it out, or start a new run with --out")
     if args.steps < checkpoint["step"]:
         raise BadInput(f"--steps {args.steps} is less than the {checkpoint['step']} that {run} has done: give more")
     return args, checkpoint
@@ -1415,6 +1494,10 @@ def check(args):
         raise BadInput(f"--out {args.out} lies in --data, and its samples would become data: choose another folder")
     if args.eval_every and args.frames < 9:
         raise BadInput(f"--eval-every needs --frames 9 or more, the least that I3D takes, not {args.frames}")
+    if args.sampler == "dpm" and args.eta:
+        raise BadInput(f"--sampler dpm adds no noise, --eta {args.eta} does: give --eta 0, or --sampler ddim")
+    if args.guidance != 1 and not args.class_cond:
+        raise BadInput(f"--guidance {args.guidance} needs a model that knows classes: train one with --class-cond")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
         raise BadInput(f"--sample-steps {args.sample_steps} must be 1 to --diffusion-steps, {args.diffusion_steps}")
     try:
@@ -1423,8 +1506,8 @@ def check(args):
     except ValueError as error:
         raise BadInput(str(error)) from error
     if args.size % factor:
-        mults = ",".join(map(str, args.dim_mults))
-        raise BadInput(f"--size {args.size} must be a multiple of {factor}, what --dim-mults {mults} divides it by")
+        why = f"--patch {args.patch}" if args.backbone == "dim" else f"--dim-mults {','.join(map(str, args.dim_mults))}"
+        raise BadInput(f"--size {args.size} must be a multiple of {factor}, what {why} divides it by")
 
 
 def main(argv):
