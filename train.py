@@ -1101,6 +1101,7 @@ def train(args, checkpoint=None):
         save()
     bar.close()
     conclude(args, out, step, data)
+    del wrapped, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     ranks.close()
 
 
