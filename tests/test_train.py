@@ -129,7 +129,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 def test_an_infinite_loss_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
     train.main([*TINY, "--steps", "2", "--out", "run"])
-    nan = lambda self, x, t, eps: next(self.parameters()).sum() * float("nan") * torch.ones(len(x))
+    nan = lambda self, x, *_: next(self.parameters()).sum() * float("nan") * torch.ones(len(x))
     monkeypatch.setattr(train.GaussianDiffusion, "losses", nan)
     assert "lower --lr" in refuses("--resume", "run", "--steps", "30")
     assert train.checkpoints("run") == [pathlib.Path("run/checkpoint-000002.pt")]
