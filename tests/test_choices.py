@@ -67,6 +67,8 @@ def test_recomputing_and_bfloat16_change_nothing_but_the_rounding(name):
     common = [*COMMON, *NETWORKS[name], *CLASSES, "--frames", 3, "--steps", 3]
     for out, flags in (("plain", []), ("recomputed", ["--recompute"]), ("rounded", ["--recompute", "--amp"])):
         run(*common, *flags, "--out", out)
+    saved = argparse.Namespace(**train.load_checkpoint("recomputed")["args"])
+    assert any("checkpoint" in str(vars(part).get("forward")) for part in train.make_model(saved).modules())
     assert losses("recomputed") == losses("plain") != losses("rounded")
     assert np.allclose(losses("rounded"), losses("plain"), rtol=0.05)
 
@@ -102,6 +104,19 @@ def test_classes_are_drawn_in_turn_or_one_alone_and_guided(capsys):
     assert [np.array_equal(a, b) for a, b in zip(samples("turn"), samples("name"))] == [False, True, False, False]
     assert not np.array_equal(samples("guided"), samples("number"))
     assert np.array_equal(samples("free"), samples("free1"))
+
+
+@pytest.mark.parametrize("drop, hidden", [(0, 0), (1, 1), (0.3, 0.3)])
+def test_the_network_is_told_the_class_of_each_video_but_for_a_share(drop, hidden, monkeypatch):
+    told, losses = [], train.GaussianDiffusion.losses
+    spy = lambda self, x, t, eps, cond, keep: told.append((cond, keep)) or losses(self, x, t, eps, cond, keep)
+    monkeypatch.setattr(train.GaussianDiffusion, "losses", spy)
+    run(*COMMON, *NETWORKS["dim"], "--batch", 64, "--frames", 1, "--class-cond", "--cond-drop", drop, "--steps", 3,
+        "--out", "run")  # fmt: skip
+    cond, keep = map(torch.cat, zip(*told))
+    styles = [train.maze_style(train.maze_seed("train", i)) for i in range(len(cond))]
+    assert torch.equal(cond, torch.eye(3)[styles])
+    assert abs(1 - keep.float().mean() - hidden) < 0.1
 
 
 def test_folders_are_classes_and_no_class_is_taken_for_another(tmp_path):
