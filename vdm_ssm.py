@@ -503,12 +503,11 @@ class RotaryEmbedding(nn.Module):
         self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, dims, 2) / dims), requires_grad=False)
 
     def forward(self, x):
-        dims = 2 * len(self.freqs)
-        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * self.freqs  # (l, dims/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        x1, x2 = x[..., 0:dims:2], x[..., 1:dims:2]
-        turned = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
-        return torch.cat([turned, x[..., dims:]], dim=-1)
+        # A pair is a complex number, and its turn one multiplication; the other features are turned by 0.
+        pairs = torch.view_as_complex(x.to(self.freqs.dtype).unflatten(-1, (-1, 2)))  # (..., l, d/2)
+        freqs = F.pad(self.freqs, (0, pairs.shape[-1] - len(self.freqs)))
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * freqs  # (l, d/2)
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
 
 class RelativeBias(nn.Module):
@@ -550,7 +549,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, d, bias=False)
 
     def forward(self, x):
-        q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (..., l, heads d) each
+        q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         bias = None if self.bias is None else self.bias(x.shape[-2])[None].to(q.dtype)  # (1, heads, l, l)
@@ -571,7 +571,8 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, d, bias=out_bias)
 
     def forward(self, x):
-        q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (..., l, heads d) each
+        q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         context = k.softmax(dim=-2).mT @ v  # (..., heads, d, d)
@@ -665,17 +666,14 @@ class CausalConv(nn.Module):
     def __init__(self, d, width=4):
         super().__init__()
         conv = nn.Conv1d(d, d, width, groups=d)  # for its initialisation
-        self.weight, self.bias = conv.weight, conv.bias  # (d, 1, width), (d)
+        self.weight, self.bias, self.width = conv.weight, conv.bias, width  # (d, 1, width), (d)
 
     def forward(self, u, reverse=False):
-        # `width` shifted products: several times faster than a depthwise Conv1d, which wants time innermost.
-        width = self.weight.shape[-1]
-        padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0))  # (b, l + width - 1, d)
-        taps = self.weight[:, 0].flip(1) if reverse else self.weight[:, 0]  # (d, width)
-        y = self.bias
-        for j in range(width):
-            y = y + padded[:, j : j + u.shape[1]] * taps[:, j]
-        return y
+        # To a convolution over images a sequence is one of l x 1 pixels, channels innermost: time need not be.
+        before, after = (0, self.width - 1) if reverse else (self.width - 1, 0)
+        image = F.pad(u, (0, 0, before, after)).mT[..., None]  # (b, d, l + width - 1, 1)
+        weight = (self.weight.flip(2) if reverse else self.weight)[..., None]  # (d, 1, width, 1)
+        return F.conv2d(image, weight, self.bias, groups=len(weight))[..., 0].mT
 
 
 class MambaBlock(nn.Module):

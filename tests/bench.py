@@ -179,7 +179,8 @@ class ExplicitAttention(vdm_ssm.Attention):
     """The baseline as the papers ran it, with l x l scores in memory.    x (..., l, d) -> (..., l, d)"""
 
     def forward(self, x):
-        q, k, v = rearrange(self.to_qkv(x), "... l (qkv heads d) -> qkv ... heads l d", qkv=3, heads=self.heads)
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
         q, k = self.rotary(q * q.shape[-1] ** -0.5), self.rotary(k)
         scores = q @ k.mT + self.bias(x.shape[-2])  # (..., heads, l, l)
         y = scores.softmax(dim=-1) @ v
