@@ -69,6 +69,12 @@ class BadInput(Exception):
     """Something the user can mend. The message says what and how; the command prints it and exits with code 2."""
 
 
+def listed(names, joint=", ", most=10):
+    """["a", "b"] -> "a, b", cut if there are many."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return joint.join([*names[:most], *more])
+
+
 # -----------------------------------------------------------------------------
 # 1. The maze: endless first-person videos, each from a seed
 #
@@ -348,14 +354,9 @@ def resize(frames, size, antialias=True):
 
 def resized_frames(video, size, antialias, batch=64):
     """Decode a video a few frames at a time.    -> yields uint8 (<= batch, size, size, 3)"""
-    frames = []
-    for frame in read_frames(video):
-        frames.append(frame)
-        if len(frames) == batch:
-            yield resize(np.stack(frames), size, antialias)
-            frames = []
-    if frames:
-        yield resize(np.stack(frames), size, antialias)
+    frames = read_frames(video)
+    while chunk := list(itertools.islice(frames, batch)):
+        yield resize(np.stack(chunk), size, antialias)
 
 
 class VideoCache(Dataset):
@@ -414,11 +415,10 @@ class VideoCache(Dataset):
 
     def __getitem__(self, i):
         try:
-            description = self.known(i)  # by now, perhaps: another process may build the same cache
-            if description is None:
-                description = self.decode(i)
-                text = json.dumps(description)
-                write_whole(self.keys[i].with_suffix(".json"), lambda path: path.write_text(text))
+            if known := self.known(i):  # by now, perhaps: another process may build the same cache
+                return known
+            description = self.decode(i)
+            write_whole(self.keys[i].with_suffix(".json"), lambda path: path.write_text(json.dumps(description)))
             return description
         except UnreadableVideo as error:
             return {"videos": [], "skipped": [[error.name, error.reason]]}
@@ -542,19 +542,16 @@ class FolderVideos(Dataset):
             for i, parts in enumerate(lengths) for start, length in zip(np.cumsum([0, *parts]), parts)
         ])  # fmt: skip
         if len(videos) == 0:
-            why = self.why_skipped()
-            raise BadInput(f"--data {self.path}: none of its {len(sources)} files is a usable video{why}")
+            raise BadInput(f"--data {self.path}: none of its {len(sources)} files is a usable video{self.why_skipped()}")
         longest, enough = videos[:, 2].max(), videos[:, 2] >= self.frames
         if longest < self.frames:
             raise BadInput(f"--frames {self.frames} is more than any video of {self.path} has: at most {longest}")
         self.too_short = int((~enough).sum())
         return videos[enough]
 
-    def why_skipped(self, most=10):
-        """One line per file that could not be read."""
-        lines = [f"\n    {name}: {reason}" for name, reason in self.skipped[:most]]
-        more = len(self.skipped) - most
-        return "".join(lines) + (f"\n    and {more} more" if more > 0 else "")
+    def why_skipped(self):
+        """One line per file that could not be read, each after a line break."""
+        return listed(["", *(f"{name}: {reason}" for name, reason in self.skipped)], "\n    ")
 
     def __getitem__(self, i):
         epoch, k = divmod(i, len(self.videos))
@@ -563,10 +560,9 @@ class FolderVideos(Dataset):
         return to_model_range(self.cache.frames(source)[start : start + self.frames]), label
 
     def __str__(self):
-        total = int(self.videos[:, 2].sum())
         short = f", {self.too_short} shorter than {self.frames} frames left out" if self.too_short else ""
         skipped = f", {len(self.skipped)} unreadable (named at the end)" if self.skipped else ""
-        kept = f"{len(self.videos)} videos, {total:,} frames, of {self.path}"
+        kept = f"{len(self.videos)} videos, {self.videos[:, 2].sum():,} frames, of {self.path}"
         return f"{kept}{short}{skipped}, cached in {self.cache.folder}"
 
 
@@ -574,15 +570,10 @@ class FolderVideos(Dataset):
 # 3. Pictures
 
 
-def to_uint8(videos):
-    """(b, c, f, h, w) in [-1, 1] -> uint8 (b, f, h, w, c) in 0..255"""
-    pixels = ((videos.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return rearrange(pixels, "b c f h w -> b f h w c").cpu().numpy()
-
-
-def latents_to_numpy(latents):
-    """(b, c, f, h, w) -> float32 (b, f, h, w, c)"""
-    return rearrange(latents.float(), "b c f h w -> b f h w c").cpu().numpy()
+def to_numpy(videos, latents=False):
+    """(b, c, f, h, w) in [-1, 1] -> uint8 (b, f, h, w, c) in 0..255; of latents their values, float32"""
+    x = rearrange(videos.float(), "b c f h w -> b f h w c")
+    return (x if latents else ((x + 1) * 127.5).round().clamp(0, 255).byte()).cpu().numpy()
 
 
 def enlarge(picture, target):
@@ -607,18 +598,28 @@ def write_gif(path, videos, fps):
 
 
 def write_npz(path, videos):
+    """Array of videos."""
     with open(path, "wb") as file:  # given a name, NumPy would change it
         np.savez_compressed(file, videos=videos)
 
 
-def read_log(run, key):
-    """What a run has logged under a name.    -> steps (n), values (n) or (n, m), nan where there is none"""
+def read_log(run):
+    """Lines of a run's log, but for what a kill cut off.    -> list of dict. Raises BadInput"""
+    lines = []
     try:
-        lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        for text in Path(run, "log.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or not ours
+                line = json.loads(text)
+                lines.append(line | {"step": int(line["step"])})
+    except OSError as error:
         raise BadInput(f"{run} has no log.jsonl that can be read: give the folder of a run ({error})") from error
-    pairs = [(line["step"], line[key]) for line in lines if key in line]
-    return np.array([k for k, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
+    return lines
+
+
+def curve(lines, key):
+    """What lines of a log say under a name.    -> steps (n), values (n) or (n, m), nan where there is none"""
+    lines = [line for line in lines if key in line]
+    return np.array([line["step"] for line in lines]), np.array([line[key] for line in lines], dtype=float)
 
 
 def smooth(values, width):
@@ -636,37 +637,33 @@ def plot(args):
         raise BadInput("plot draws with matplotlib: pip install matplotlib") from error
     pyplot.switch_backend("agg")  # no window
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    (loss, noise), (norm, last) = axes
-    scores = {name: [read_log(run, name) for run in args.runs] for name in ("FVD", "FD-random")}
-    scores = {name: logs for name, logs in scores.items() if any(len(steps) for steps, _ in logs)}
-    for i, run in enumerate(args.runs):
-        color, logs = f"C{i}", {key: read_log(run, key) for key in ("loss", "loss_by_noise", "grad_norm")}
-        width = max(1, len(logs["loss"][0]) // 50)
-        for axis, key in ((loss, "loss"), (norm, "grad_norm")):
-            steps, values = logs[key]
-            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
-            axis.plot(steps, smooth(values, width), color=color, label=run)
-        steps, levels = logs["loss_by_noise"]
-        for k, values in enumerate(levels.T):
-            quarter = "least noise", "second quarter", "third quarter", "most noise"
-            noise.plot(steps, smooth(values, 2 * width), color=color, alpha=1 - 0.2 * k,
-                       linestyle=("-", "--", "-.", ":")[k], label=None if i else quarter[k])  # fmt: skip
-        for name in scores:
-            last.plot(*scores[name][i], "o-", color=color, fillstyle="full" if name == "FVD" else "none",
-                      label=f"{run}, {name}")  # fmt: skip
-        if not scores:
-            steps, values = read_log(run, "videos_per_second")
-            last.plot(steps, values, color=color, label=run)
+    logs = [read_log(run) for run in args.runs]
+    scores = [name for name in ("FVD", "FD-random") if any(name in line for log in logs for line in log)]
     titles = "loss", "loss by noise level", "norm of the gradient", " and ".join(scores) or "videos per second"
     for axis, title in zip(axes.flat, titles):
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel="step", yscale="linear" if axis is axes[1, 1] else "log")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    for i, (run, log) in enumerate(zip(args.runs, logs)):
+        color, width = f"C{i}", max(1, len(log) // 50)
+        for axis, key in ((axes[0, 0], "loss"), (axes[1, 0], "grad_norm")):
+            steps, values = curve(log, key)
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+            axis.plot(steps, smooth(values, width), color=color, label=run)
+        steps, levels = curve(log, "loss_by_noise")
+        quarters = "least noise", "second quarter", "third quarter", "most noise"
+        for k, (values, quarter) in enumerate(zip(levels.T, quarters)):
+            axes[0, 1].plot(steps, smooth(values, 2 * width), ("-", "--", "-.", ":")[k], color=color, alpha=1 - 0.2 * k,
+                            label=None if i else quarter)  # fmt: skip
+        for name in scores:
+            axes[1, 1].plot(*curve(log, name), "o-", color=color, fillstyle="full" if name == "FVD" else "none",
+                            label=f"{run}, {name}")  # fmt: skip
+        if not scores:
+            axes[1, 1].plot(*curve(log, "videos_per_second"), color=color, label=run)
+    for axis in axes.flat:
         axis.legend(frameon=False)
-    for axis in (loss, noise, norm):
-        axis.set_yscale("log")
     out = Path(args.out or Path(args.runs[0], "curves.png"))
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, format="png")
     pyplot.close(figure)
     print(f"wrote {out}")
 
@@ -704,9 +701,6 @@ def checkpoints(run):
     return sorted((path for path in Path(run).glob("*.pt") if step_in(path) >= 0), key=step_in, reverse=True)
 
 
-CHECKPOINT = "args", "step", "per_step", "data", "torch", "model", "ema", "optimizer"  # what is in one
-
-
 def run_folder(path):
     """The run that a folder or a checkpoint in it belongs to."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
@@ -719,7 +713,7 @@ def load_checkpoint(run):
         raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in CHECKPOINT}
+        return {key: checkpoint[key] for key in ("step", "per_step", "args", "data", "torch", "model", "ema", "optimizer")}
     except Exception as error:  # zip, pickle and torch share no narrower class
         before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
         mend = f"; go on from the one before it: --resume {shlex.quote(str(before[0]))}" if before else ""
@@ -727,11 +721,11 @@ def load_checkpoint(run):
         raise BadInput(f"{path} {what}{mend}") from error
 
 
-def restore(run, **parts):
-    """Load states into modules and optimisers, given as name=(object, state). Raises BadInput."""
-    for name, (thing, state) in parts.items():
+def restore(run, checkpoint, **parts):
+    """Load the states of modules and optimisers, given by their names in the checkpoint. Raises BadInput."""
+    for name, thing in parts.items():
         try:
-            thing.load_state_dict(state)
+            thing.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"the {name} in the checkpoint of {run} does not fit its arguments: damaged?") from error
 
@@ -741,22 +735,16 @@ def rewind(out, step):
 
     Later checkpoints are set aside as .old; later samples, lines of the log and half-written files are removed.
     """
-
-    def step_of(line):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or not ours
-            return int(json.loads(line)["step"])
-        return math.inf
-
     for path in checkpoints(out):
         if step_in(path) > step:
             path.rename(path.with_suffix(".old"))
     for path in [*out.glob("samples/*"), *out.glob("*.part")]:
         if step_in(path) > step or path.suffix == ".part":
             path.unlink()
-    log = out / "log.jsonl"
-    kept = [line for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step]
-    write_whole(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-    return {step_of(line) for line in kept if '"loss"' not in line}
+    kept = [line for line in read_log(out) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_whole(out / "log.jsonl", lambda temporary: temporary.write_text(text))
+    return {line["step"] for line in kept if "loss" not in line}
 
 
 # -----------------------------------------------------------------------------
@@ -765,6 +753,9 @@ def rewind(out, step):
 # `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share of every
 # batch, and DistributedDataParallel averages their gradients. Since no random number depends on who draws it, N ranks
 # train as one does with N times the batch.
+
+
+CORES = min(8, os.cpu_count() or 1)  # processes that prepare data
 
 
 class Ranks:
@@ -866,137 +857,54 @@ def make_model(args):
     return UNet3D(args.dim, tuple(args.dim_mults), args.heads, temporal=args.temporal, **common)
 
 
-def one_hot(args, labels, device):
-    """Classes as the network takes them, None if it takes none.    labels (b) integers -> (b, classes)"""
-    return F.one_hot(torch.as_tensor(labels), len(args.classes)).float().to(device) if args.classes else None
-
-
-def listed(names, most=10):
-    """["a", "b"] -> "a, b", cut if there are many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def make_data(args, test=False):
     """The data set that a run's arguments describe; `test`: the videos that its samples are compared with."""
     if args.data == "maze":
         return MazeVideos("test" if test else "train", args.frames, args.size, args.seed)
     held_out = args.eval_videos if args.eval_every else 0
-    cache = Path(args.out or default_out(args)).parent / "cache"
-    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
-    return FolderVideos(args.data, args.frames, args.size, cache, args.seed, args.split, test, held_out, args.antialias,
-                        args.channels if args.latents else None, workers)  # fmt: skip
+    return FolderVideos(args.data, args.frames, args.size, out_folder(args).parent / "cache", args.seed, args.split, test,
+                        held_out, args.antialias, args.channels if args.latents else None,
+                        CORES if args.workers is None else args.workers)  # fmt: skip
+
+
+def out_folder(args):
+    """Where a run is written, if it has no number."""
+    return Path(args.out or Path("runs", Path(args.data).stem or "videos"))
+
+
+def numbered(base):
+    """base, base-2, base-3, ..."""
+    return (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
+
+
+def claim(args):
+    """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
+    for out in numbered(out_folder(args)):
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            open(out / "log.jsonl", "x").close()
+            return out
+        except FileExistsError:
+            if args.out:  # another run has taken it since `complete` looked
+                raise
+
+
+def one_hot(args, labels, device):
+    """Classes as the network takes them, None if it takes none.    labels (b) integers -> (b, classes)"""
+    return F.one_hot(torch.as_tensor(labels), len(args.classes)).float().to(device) if args.classes else None
 
 
 def average_weights(decay):
     """EMA that is a plain average at first: step k keeps min(decay, (1 + k) / (10 + k)) of the average."""
 
     def update(averages, weights, k):
-        keep = min(decay, (1 + float(k)) / (10 + float(k)))
-        torch._foreach_lerp_(averages, weights, 1 - keep)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + float(k)) / (10 + float(k))))
 
     return update
 
 
-def claim(args):
-    """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
-    base = Path(args.out or default_out(args))
-    numbered = (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
-    for out in [base] if args.out else numbered:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            open(out / "log.jsonl", "x").close()
-            return out
-    raise BadInput(f"--out {base} holds a run: go on with --resume {shlex.quote(str(base))}, or choose another folder")
-
-
-def announce(args, ranks, out, model, data):
-    """Print what a run will do."""
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    how = ["bfloat16" if args.amp else "float32", *(name for name in ("compile", "recompute") if getattr(args, name))]
-    print(f"device      {ranks.size} x {args.device}{threads}, {', '.join(how)}")
-    dim = f"DiM, {args.depth} blocks of width {args.width}, patches of {args.patch}x{args.patch}"
-    name = dim if args.backbone == "dim" else f"U-Net, {args.temporal}"
-    print(f"model       {name}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"data        {data}")
-    if args.classes:
-        print(f"classes     {listed(args.classes)}")
-    per_step = f"{args.batch} x {args.grad_accum} x {ranks.size} per step"
-    print(f"videos      {args.frames} frames of {args.size}x{args.size}, {per_step}")
-    print(f"writes      {out}: checkpoints, log.jsonl, samples/ every {args.sample_every} steps", flush=True)
-
-
-def conclude(args, out, step, data):
-    """Print what a run has written, or how to go on."""
-    quoted = shlex.quote(str(out))
-    if step < args.steps:
-        print(f"stopped after step {step}; go on with: python train.py --resume {quoted}")
-        return
-    print(f"\nwrote {checkpoints(out)[0]}")
-    print(f"      {out}/log.jsonl    (draw it: python train.py plot {quoted})")
-    if args.latents:
-        print(f"      {out}/samples/step-{step:06d}.npz    (float32: n, frames, size, size, channels)")
-    else:
-        print(f"      {out}/samples/step-{step:06d}.gif")
-        print(f"      {out}/samples/step-{step:06d}.png    (top row: data; below: samples)")
-    if data.skipped:
-        print(f"skipped {len(data.skipped)} unreadable videos:{data.why_skipped()}")
-    print(f"more: python train.py sample {quoted} --videos 16 --frames {2 * args.frames}")
-
-
-def check_resumed(args, checkpoint, data, per_step):
-    """Raise BadInput if data or ranks would make it another run."""
-    if (checkpoint["data"], checkpoint["args"]["classes"]) != (data.fingerprint, args.classes):
-        raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
-    if checkpoint["per_step"] != per_step:
-        raise BadInput(f"this run takes {checkpoint['per_step']} videos a step; --batch {args.batch} x --grad-accum "
-                       f"{args.grad_accum} x processes is {per_step}: change one of the three")  # fmt: skip
-    if checkpoint["torch"] != torch.__version__:
-        print(f"note        the run began with torch {checkpoint['torch']}, this is {torch.__version__}")
-
-
-def train(args, checkpoint=None):
-    """Run the training loop, from the start or from a checkpoint."""
-    ranks, step = Ranks(args.device), 0
-    device, per_step = ranks.device, args.batch * args.grad_accum * ranks.size
-    torch.manual_seed(args.seed)
-    data = ranks.main_first(lambda: make_data(args))
-    args.classes = list(data.classes) if args.class_cond else []
-    if len(args.classes) == 1:
-        raise BadInput(f"--class-cond needs two classes or more, a folder each: all videos lie in {args.classes[0]}")
-    # Kernels lie as activations do: 5 % faster, and their gradients fit the buckets of DistributedDataParallel.
-    model = make_model(args).to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=average_weights(args.ema))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one kernel, 3.5x faster on a CPU
-    score = Score(args, ranks) if args.eval_every else None
-    if checkpoint:
-        check_resumed(args, checkpoint, data, per_step)
-        step = checkpoint["step"]
-        restore(args.out, model=(model, checkpoint["model"]), ema=(ema, checkpoint["ema"]),
-                optimizer=(optimizer, checkpoint["optimizer"]))  # fmt: skip
-    out = Path(args.out) if checkpoint else ranks.from_main(lambda: claim(args))
-    args.out = str(out)
-    scored = ranks.from_main(lambda: rewind(out, step))
-    log = open(out / "log.jsonl" if ranks.main else os.devnull, "a")
-    announce(args, ranks, out, model, data)
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
-        model.compile(dynamic=False)  # in place: names of weights stay
-    wrapped = ranks.wrap(model)
-    diffusion = GaussianDiffusion(wrapped, steps=args.diffusion_steps, target=args.target).to(device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
-
-    # Item i of the run is always the same video with the same noise, so a resumed run sees what an uninterrupted one
-    # would have seen, on any number of ranks: batch after batch of items is dealt out to them.
-    first = range(step * per_step + ranks.rank * args.batch, args.steps * per_step, ranks.size * args.batch)
-    mine = [range(i, i + args.batch) for i in first]
-    workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else min(8, os.cpu_count())
-    batches = zip(mine, DataLoader(
-        data, batch_sampler=mine, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
-    ))  # fmt: skip
-    bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05, disable=not ranks.main)
-    losses, norms, clock = [], [], time.time()  # since the last flush
-
-    # Ctrl-C ends the run after the current step; a second one at once.
+def stop_on_signal():
+    """Let Ctrl-C and SIGTERM end the run after the current step, a second one at once.    -> list, empty until then"""
     stop = []
 
     def interrupt(number, _):
@@ -1006,103 +914,204 @@ def train(args, checkpoint=None):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    return stop
 
-    def rate(step):
-        """Learning rate of a step, counted from 1."""
-        return args.lr * min(1, step / max(1, args.warmup))
 
-    def flush():
-        """Log the steps since the last call; their losses must be finite."""
-        nonlocal clock
-        # Reading numbers waits for the device, so it is not done at every step.
-        n = len(norms)
-        if n == 0:
-            return
-        t, loss = rearrange(ranks.gather(torch.stack(losses)), "r (n a) two b -> two n (r a b)", n=n)
-        levels = (4 * t / args.diffusion_steps).long()  # quarters of the schedule, from little noise to much
-        speed = n * per_step / (time.time() - clock)
-        for k, norm in enumerate(torch.stack(norms).tolist()):
-            mean, at = loss[k].mean().item(), step - n + 1 + k
-            if not (math.isfinite(mean) and math.isfinite(norm)):
-                go_on = "go on with --no-amp, or " if args.amp else ""
-                raise BadInput(f"step {at} had loss {mean} and gradient norm {norm}, and was not saved: {go_on}try a "
-                               "lower --lr, a lower --clip or a longer --warmup in a new run")  # fmt: skip
-            by_noise = [loss[k][levels[k] == i].mean().item() if (levels[k] == i).any() else None for i in range(4)]
-            line = {"step": at, "loss": mean, "loss_by_noise": by_noise, "grad_norm": norm, "lr": rate(at),
-                    "videos_per_second": round(speed, 3), "memory_mib": peak_memory(device)}  # fmt: skip
-            log.write(json.dumps(line) + "\n")
-        log.flush()
-        bar.set_postfix_str(f"loss {loss.mean():.4f}, {speed:.1f} videos/s")
-        losses.clear()
-        norms.clear()
-        clock = time.time()
-
-    def save():
-        flush()
-        # A loss is computed before its step: it may be finite while the step has ruined the weights.
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise BadInput(f"the weights are not finite after step {step}, and were not saved: try a lower --lr")
-        state = {"args": vars(args), "step": step, "per_step": per_step, "data": data.fingerprint,
-                 "torch": str(torch.__version__), "model": model.state_dict(), "ema": ema.state_dict(),
-                 "optimizer": optimizer.state_dict()}  # fmt: skip
-        if ranks.main:
-            write_whole(out / f"checkpoint-{step:06d}.pt", partial(torch.save, state))
-            for old in checkpoints(out)[args.keep :]:
-                old.unlink()
-
-    def due(every):
-        return every and step % every == 0 or step == args.steps
-
-    def show():
-        """Samples and score that are due, unless they were written before the run was killed."""
-        nonlocal clock
-        sheet = out / "samples" / f"step-{step:06d}.{'npz' if args.latents else 'png'}"  # written last
-        if due(args.sample_every) and ranks.any(ranks.main and not sheet.exists()):
-            sample_during_training(args, ema.module, data, sheet, ranks)
-        if score and due(args.eval_every) and step not in scored:
-            value = score(ema.module)
-            log.write(json.dumps({"step": step, score.name: value, "videos": args.eval_videos}) + "\n")
-            log.flush()
-            bar.write(f"step {step}: {score.name} {value:.4g} with {args.eval_videos} videos")
-        clock = time.time()
-
+def train(args, checkpoint=None):
+    """The training loop, from the start or from a checkpoint."""
+    run = Run(args, checkpoint)
+    device, model, optimizer = run.ranks.device, run.model, run.optimizer
+    wrapped = run.ranks.wrap(model)
+    diffusion = GaussianDiffusion(wrapped, steps=args.diffusion_steps, target=args.target).to(device)
+    batches, stop = run.batches(), stop_on_signal()
     if checkpoint:
-        show()
-    began, start = step, time.time()
-    while step < args.steps and not ranks.any(stop):
+        run.show()
+    began, start = run.step, time.time()
+    while run.step < args.steps and not run.ranks.any(stop):
         for k in range(args.grad_accum):
             items, (x0, labels) = next(batches)
             x0, rngs = x0.to(device, non_blocking=True), generators(args.seed, items, device)
             t, eps = randint(args.diffusion_steps, rngs), randn(x0.shape[1:], rngs)
             cond, keep = one_hot(args, labels, device), randint(10**6, rngs) >= 10**6 * args.cond_drop
             wrapped.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
-            with autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = diffusion.losses(x0, t, eps, cond, keep)  # (b)
             (loss.mean() / args.grad_accum).backward()
-            losses.append(torch.stack([t, loss.detach()]))
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
-        step += 1
+            run.losses.append(torch.stack([t, loss.detach()]))
+        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
+        run.step += 1
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = run.rate(run.step)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update_parameters(model)
-        bar.update()
-        if step % 10 == 0:
-            flush()
-        if step == began + 10:  # flush has waited for the device
-            minutes = (args.steps - step) * (time.time() - start) / 10 / 60
-            bar.write(f"time        about {minutes:.1f} more minutes, and the samples")
-        if any(map(due, (args.save_every, args.sample_every, args.eval_every))):
-            save()
-            show()
-
-    if step < args.steps:
-        save()
-    bar.close()
-    conclude(args, out, step, data)
+        run.ema.update_parameters(model)
+        run.bar.update()
+        if run.step % 10 == 0 or run.step == began + 10:
+            run.flush()
+        if run.step == began + 10:  # flush has waited for the device
+            minutes = (args.steps - run.step) * (time.time() - start) / 10 / 60
+            run.bar.write(f"time        about {minutes:.1f} more minutes, and the samples")
+        if any(map(run.due, (args.save_every, args.sample_every, args.eval_every))):
+            run.save()
+            run.show()
+    if run.step < args.steps:
+        run.save()
+    run.conclude()
     del wrapped, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
-    ranks.close()
+    run.ranks.close()
+
+
+class Run:
+    """A training run: its state, and what it writes. `train` is its loop. Raises BadInput."""
+
+    def __init__(self, args, checkpoint=None):
+        self.args, self.ranks, self.step = args, Ranks(args.device), 0
+        self.per_step = args.batch * args.grad_accum * self.ranks.size  # videos
+        torch.manual_seed(args.seed)
+        self.data = self.ranks.main_first(lambda: make_data(args))
+        args.classes = list(self.data.classes) if args.class_cond else []
+        if len(args.classes) == 1:
+            raise BadInput(f"--class-cond needs two classes or more, a folder each: all videos lie in {args.classes[0]}")
+        # Kernels lie as activations do: 5 % faster, and their gradients fit the buckets of DistributedDataParallel.
+        self.model = make_model(args).to(self.ranks.device, memory_format=torch.channels_last)
+        self.ema = AveragedModel(self.model, multi_avg_fn=average_weights(args.ema))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)  # 3.5x faster on a CPU
+        self.score = Score(args, self.ranks) if args.eval_every else None
+        if checkpoint:
+            self.go_on(checkpoint)
+        self.out = Path(args.out) if checkpoint else self.ranks.from_main(lambda: claim(args))
+        args.out = str(self.out)
+        self.scored = self.ranks.from_main(lambda: rewind(self.out, self.step))
+        self.log = open(self.out / "log.jsonl" if self.ranks.main else os.devnull, "a", buffering=1)  # line by line
+        self.announce()
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
+            self.model.compile(dynamic=False)  # in place: names of weights stay
+        self.bar = tqdm(total=args.steps, initial=self.step, unit="step", smoothing=0.05, disable=not self.ranks.main)
+        self.losses, self.norms, self.clock = [], [], time.time()  # since the last flush
+
+    def go_on(self, checkpoint):
+        """Take over the state in a checkpoint, unless data or ranks would make it another run."""
+        args = self.args
+        if (checkpoint["data"], checkpoint["args"]["classes"]) != (self.data.fingerprint, args.classes):
+            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
+        if checkpoint["per_step"] != self.per_step:
+            raise BadInput(f"this run takes {checkpoint['per_step']} videos a step; --batch {args.batch} x --grad-accum "
+                           f"{args.grad_accum} x processes is {self.per_step}: change one of the three")  # fmt: skip
+        if checkpoint["torch"] != torch.__version__:
+            print(f"note        the run began with torch {checkpoint['torch']}, this is {torch.__version__}")
+        self.step = checkpoint["step"]
+        restore(args.out, checkpoint, model=self.model, ema=self.ema, optimizer=self.optimizer)
+
+    def announce(self):
+        """Print what the run will do."""
+        args, size = self.args, self.ranks.size
+        threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+        how = ["bfloat16" if args.amp else "float32", *(name for name in ("compile", "recompute") if getattr(args, name))]
+        dim = f"DiM, {args.depth} blocks of width {args.width}, patches of {args.patch}x{args.patch}"
+        name = dim if args.backbone == "dim" else f"U-Net, {args.temporal}"
+        print(f"device      {size} x {args.device}{threads}, {', '.join(how)}")
+        print(f"model       {name}, {sum(p.numel() for p in self.model.parameters()):,} parameters")
+        print(f"data        {self.data}")
+        if args.classes:
+            print(f"classes     {listed(args.classes)}")
+        per_step = f"{args.batch} x {args.grad_accum} x {size} per step"
+        print(f"videos      {args.frames} frames of {args.size}x{args.size}, {per_step}")
+        print(f"writes      {self.out}: checkpoints, log.jsonl, samples/ every {args.sample_every} steps", flush=True)
+
+    def batches(self):
+        """This rank's items of the run, and their videos and classes.    -> yields items, (x0, labels)
+
+        Item i is always the same video with the same noise: a resumed run sees what an uninterrupted one would have
+        seen, on any number of ranks, to which batch after batch of items is dealt out.
+        """
+        batch, size, gpu = self.args.batch, self.ranks.size, self.ranks.device.type == "cuda"
+        first = range(self.step * self.per_step + self.ranks.rank * batch, self.args.steps * self.per_step, size * batch)
+        mine = [range(i, i + batch) for i in first]
+        workers = (0 if self.args.device == "cpu" else CORES) if self.args.workers is None else self.args.workers
+        loader = DataLoader(self.data, batch_sampler=mine, num_workers=workers, pin_memory=gpu,
+                            generator=torch.Generator())  # fmt: skip
+        return zip(mine, loader)
+
+    def rate(self, step):
+        """Learning rate of a step, counted from 1."""
+        return self.args.lr * min(1, step / max(1, self.args.warmup))
+
+    def due(self, every):
+        return every and self.step % every == 0 or self.step == self.args.steps
+
+    def flush(self):
+        """Log the steps since the last call; their losses must be finite."""
+        # Reading numbers waits for the device, so it is not done at every step.
+        n = len(self.norms)
+        if n == 0:
+            return
+        t, loss = rearrange(self.ranks.gather(torch.stack(self.losses)), "r (n a) two b -> two n (r a b)", n=n)
+        levels = (4 * t / self.args.diffusion_steps).long()  # quarters of the schedule, from little noise to much
+        speed = n * self.per_step / (time.time() - self.clock)
+        for k, norm in enumerate(torch.stack(self.norms).tolist()):
+            mean, step = loss[k].mean().item(), self.step - n + 1 + k
+            if not (math.isfinite(mean) and math.isfinite(norm)):
+                go_on = "go on with --no-amp, or " if self.args.amp else ""
+                raise BadInput(f"step {step} had loss {mean} and gradient norm {norm}, and was not saved: {go_on}try a "
+                               "lower --lr, a lower --clip or a longer --warmup in a new run")  # fmt: skip
+            parts = [loss[k][levels[k] == i] for i in range(4)]
+            self.write({"step": step, "loss": mean, "loss_by_noise": [x.mean().item() if len(x) else None for x in parts],
+                        "grad_norm": norm, "lr": self.rate(step), "videos_per_second": round(speed, 3),
+                        "memory_mib": peak_memory(self.ranks.device)})  # fmt: skip
+        self.bar.set_postfix_str(f"loss {loss.mean():.4f}, {speed:.1f} videos/s")
+        self.losses, self.norms, self.clock = [], [], time.time()
+
+    def write(self, line):
+        self.log.write(json.dumps(line) + "\n")
+
+    def save(self):
+        """Write a checkpoint, and remove the oldest."""
+        self.flush()
+        # A loss is computed before its step: it may be finite while the step has ruined the weights.
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise BadInput(f"the weights are not finite after step {self.step}, and were not saved: try a lower --lr")
+        states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
+        state = {"args": vars(self.args), "step": self.step, "per_step": self.per_step, "data": self.data.fingerprint,
+                 "torch": str(torch.__version__), **states}  # fmt: skip
+        if self.ranks.main:
+            write_whole(self.out / f"checkpoint-{self.step:06d}.pt", partial(torch.save, state))
+            for old in checkpoints(self.out)[self.args.keep :]:
+                old.unlink()
+
+    def show(self):
+        """Write samples and score that are due, unless they were written before the run was killed."""
+        args, path = self.args, self.out / "samples" / f"step-{self.step:06d}"
+        last = path.with_suffix(".npz" if args.latents else ".png")  # of a step's files
+        if self.due(args.sample_every) and self.ranks.any(self.ranks.main and not last.exists()):
+            draw = partial(sample_videos, self.ema.module, args, self.ranks.device)
+            videos = self.ranks.share(args.sample_videos, draw).numpy()
+            if self.ranks.main and args.latents:
+                write_whole(last, partial(write_npz, videos=videos))
+            elif self.ranks.main:
+                write_gif(path.with_suffix(".gif"), videos, args.fps)
+                write_sheet(last, np.concatenate([to_numpy(self.data[0][0][None]), videos]))
+        if self.score and self.due(args.eval_every) and self.step not in self.scored:
+            value = self.score(self.ema.module)
+            self.write({"step": self.step, self.score.name: value, "videos": args.eval_videos})
+            self.bar.write(f"step {self.step}: {self.score.name} {value:.4g} with {args.eval_videos} videos")
+        self.clock = time.time()
+
+    def conclude(self):
+        """Print what the run has written, or how to go on."""
+        self.bar.close()
+        args, quoted, samples = self.args, shlex.quote(str(self.out)), f"{self.out}/samples/step-{self.step:06d}"
+        if self.step < args.steps:
+            return print(f"stopped after step {self.step}; go on with: python train.py --resume {quoted}")
+        print(f"\nwrote {checkpoints(self.out)[0]}")
+        print(f"      {self.out}/log.jsonl    (draw it: python train.py plot {quoted})")
+        if args.latents:
+            print(f"      {samples}.npz    (float32: n, frames, size, size, channels)")
+        else:
+            print(f"      {samples}.gif\n      {samples}.png    (top row: data; below: samples)")
+        if self.data.skipped:
+            print(f"skipped {len(self.data.skipped)} unreadable videos:{self.data.why_skipped()}")
+        print(f"more: python train.py sample {quoted} --videos 16 --frames {2 * args.frames}")
 
 
 class Score:
@@ -1115,12 +1124,15 @@ class Score:
         except ValueError as error:
             raise BadInput(f"--i3d {error}") from error
         data = ranks.main_first(lambda: make_data(args, test=True))
-        self.real = self.features(lambda items: (to_uint8(data[i][0][None])[0] for i in items))
+        self.real = self.features(lambda items: (to_numpy(data[i][0][None])[0] for i in items))
 
     def features(self, videos):
         """Features of videos(items), computed by all ranks.    -> (--eval-videos, 400)"""
-        clips = lambda items: tqdm(videos(items), desc="I3D", unit="video", leave=False, disable=not self.ranks.main)
-        compute = lambda items: video_features(clips(items), self.net, device=self.ranks.device)
+
+        def compute(items):
+            clips = tqdm(videos(items), desc="I3D", unit="video", leave=False, disable=not self.ranks.main)
+            return video_features(clips, self.net, device=self.ranks.device)
+
         return self.ranks.share(self.args.eval_videos, compute)
 
     def __call__(self, model):
@@ -1138,7 +1150,6 @@ def sample_videos(model, args, device, items, progress=iter):
     The same seed and item is the same video, whatever is drawn beside it. Items take the classes in turn.
     """
     diffusion = GaussianDiffusion(model, args.diffusion_steps, args.target, clip=not args.latents).to(device)
-    finish = latents_to_numpy if args.latents else to_uint8
     videos = []
     for i in range(0, len(items), args.batch):
         part = items[i : i + args.batch]
@@ -1149,43 +1160,30 @@ def sample_videos(model, args, device, items, progress=iter):
         cond = one_hot(args, turn, device)
         x = randn((args.channels, args.frames, args.size, args.size), rngs).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            videos.append(finish(diffusion.sample(x, args.sample_steps, sampler, cond, args.guidance, progress)))
+            x = diffusion.sample(x, args.sample_steps, sampler, cond, args.guidance, progress)
+        videos.append(to_numpy(x, args.latents))
     return np.concatenate(videos)
-
-
-def sample_during_training(args, model, data, path, ranks):
-    """Write a GIF of samples, and a sheet of samples below one row of data; of latents, an array."""
-    videos = ranks.share(args.sample_videos, partial(sample_videos, model, args, ranks.device)).numpy()
-    if ranks.main and args.latents:
-        write_whole(path, partial(write_npz, videos=videos))
-    elif ranks.main:
-        write_gif(path.with_suffix(".gif"), videos, args.fps)
-        write_sheet(path.with_suffix(".png"), np.concatenate([to_uint8(data[0][0][None]), videos]))
 
 
 def sample(args):
     """Draw videos from a checkpoint, without its data."""
     checkpoint = load_checkpoint(args.run)
-    run = argparse.Namespace(**checkpoint["args"])
-    run.device, run.seed, run.batch = args.device, args.seed, args.batch
-    run.frames, run.eval_every, run.compile = args.frames or run.frames, 0, False
-    for name in ("size", "sampler", "sample_steps", "eta", "guidance", "fps"):
-        if getattr(args, name) is not None:
-            setattr(run, name, getattr(args, name))
-    run.amp &= computes_bfloat16(args.device)
-    run.label = None if args.label is None else class_number(args.label, run.classes)
-    check(run)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**checkpoint["args"] | {"eval_every": 0, "compile": False, "out": None} | given)
+    args.amp &= computes_bfloat16(args.device)
+    args.label = None if args.label is None else class_number(args.label, args.classes)
+    check(args)
     if args.out and Path(args.out, "videos.npz").exists():
         raise BadInput(f"--out {args.out} holds samples already: choose another folder")
-    ranks, model = Ranks(args.device), AveragedModel(make_model(run))
-    restore(args.run, ema=(model, checkpoint["ema"]))
-    shape = f"{run.frames} frames of {run.size}x{run.size}"
-    print(f"{args.videos} x {shape}, {run.sample_steps} steps each, on {args.device}")
+    ranks, model = Ranks(args.device), AveragedModel(make_model(args))
+    restore(args.run, checkpoint, ema=model)
+    shape = f"{args.frames} frames of {args.size}x{args.size}"
+    print(f"{args.videos} x {shape}, {args.sample_steps} steps each, on {args.device}")
     progress = partial(tqdm, disable=not ranks.main)
-    draw = partial(sample_videos, model.module.to(ranks.device), run, ranks.device, progress=progress)
+    draw = partial(sample_videos, model.module.to(ranks.device), args, ranks.device, progress=progress)
     videos = ranks.share(args.videos, draw).numpy()
     if ranks.main:
-        write_samples(args, run, videos)
+        write_samples(args, videos)
     ranks.close()
 
 
@@ -1198,52 +1196,34 @@ def class_number(name, classes):
     return classes.index(name) if name in classes else int(name)
 
 
-def samples_folder(args):
-    """Where --out says, else the first RUN/sampled, sampled-2, ... that is free."""
-    base = run_folder(args.run) / "sampled"
-    numbered = (base if i == 1 else base.with_name(f"sampled-{i}") for i in itertools.count(1))
-    return Path(args.out) if args.out else next(path for path in numbered if not path.exists())
-
-
-def write_samples(args, run, videos):
+def write_samples(args, videos):
     """Write an array, and of pictures a sheet and GIFs, and say where."""
-    out = samples_folder(args)
-    (out if run.latents else out / "gif").mkdir(parents=True, exist_ok=True)
+    free = (path for path in numbered(run_folder(args.run) / "sampled") if not path.exists())
+    out = Path(args.out or next(free))
+    (out if args.latents else out / "gif").mkdir(parents=True, exist_ok=True)
     write_whole(out / "videos.npz", partial(write_npz, videos=videos))
-    if run.latents:
+    if args.latents:
         return print(f"wrote {out}/videos.npz    (float32 {videos.shape}: n, frames, size, size, channels)")
     write_sheet(out / "sheet.png", videos[:16])
     for i, video in enumerate(videos):
-        write_gif(out / "gif" / f"{i:04d}.gif", video[None], run.fps)
+        write_gif(out / "gif" / f"{i:04d}.gif", video[None], args.fps)
     print(f"wrote {out}/videos.npz    (uint8 {videos.shape}: n, frames, height, width, RGB; score it with fvd.py)")
-    print(f"      {out}/sheet.png")
-    print(f"      {out}/gif/")
+    print(f"      {out}/sheet.png\n      {out}/gif/")
 
 
 # -----------------------------------------------------------------------------
 # 7. The command line
 
-# What fits: a CPU run ends in minutes, a GPU run is worth its device. --help prints these.
-SIZED = {
-    "cpu": dict(size=16, frames=8, batch=4, steps=500, lr=1e-3, ema=0.995, sample_every=500),
-    "cuda": dict(size=32, frames=16, batch=16, steps=20_000, lr=3e-4, ema=0.9995, sample_every=2000),
-}
-BACKBONES = {  # with their options
-    "unet": {
-        "cpu": dict(temporal="bi-mamba", dim=32, dim_mults=[1, 2, 4], heads=4),
-        "cuda": dict(temporal="bi-mamba", dim=64, dim_mults=[1, 2, 4, 8], heads=8),
-    },
-    "dim": {
-        "cpu": dict(dim_size=None, patch=4, width=192, depth=6),
-        "cuda": dict(dim_size=None, patch=2, width=384, depth=12),
-    },
-}
-
-
 def default_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def computes_bfloat16(device):
+    """Whether bfloat16 is fast there, and not only possible."""
+    gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1266,112 +1246,131 @@ def within(kind, low, high):
     return read
 
 
-positive = within(int, 1, 10**9)
+COUNT, COUNT_OR_0, SEED = within(int, 1, 10**9), within(int, 0, 10**9), within(int, 0, 2**31 - 1)
+SHARE, ON, ON_OFF = within(float, 0, 1), dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
 
 
 def multiples(text):
     """"1,2,4" -> [1, 2, 4]"""
     try:
-        return [positive(part) for part in text.split(",")]
+        return [COUNT(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,2,4") from None
 
 
-def add_sampling_arguments(group, sampler, steps, eta, guidance, fps):
-    """Options of every sampling, with what to say of their defaults."""
-    group.add_argument("--sampler", choices=("ddim", "dpm"), help="ddim, or dpm, DPM-Solver++ of second order "
-                       f"(default {sampler})")  # fmt: skip
-    group.add_argument("--sample-steps", type=positive, help=f"denoising steps per sample (default {steps})")
-    group.add_argument("--eta", type=within(float, 0, 1), help=f"noise in ddim: 0 DDIM, 1 DDPM (default {eta})")
-    group.add_argument("--guidance", type=within(float, -100, 100), help="weight of the class: 0 ignores it, more than "
-                       f"1 exaggerates it (default {guidance})")  # fmt: skip
-    group.add_argument("--fps", type=within(float, 0.1, 100), help=f"frames per second of the GIFs (default {fps})")
+# Options, a row each: flag, how argparse reads it, default, help. A pair of defaults is for a GPU and for a CPU, and
+# filled in by `complete`: a CPU run ends in minutes, a GPU run is worth its device. A line of its own begins a group.
+
+SIZES = ", ".join(f"{name} {size['depth']} x {size['d']}" for name, size in DIM_SIZES.items())
+UNET = (
+    ("--temporal", dict(metavar="NAME"), ("bi-mamba", "bi-mamba"), f"temporal layer: {', '.join(TEMPORAL_LAYERS)}"),
+    ("--dim", COUNT, (64, 32), "width of the first level, a multiple of 8"),
+    ("--dim-mults", multiples, ([1, 2, 4, 8], [1, 2, 4]), "levels' widths in units of dim"),
+    ("--heads", COUNT, (8, 4), "attention heads"),
+)
+DIM = (
+    ("--dim-size", dict(choices=DIM_SIZES), None, f"depth x width of DiT: {SIZES}"),
+    ("--depth", COUNT, (12, 6), "blocks, if not those of --dim-size"),
+    ("--width", COUNT, (384, 192), "numbers per token, a multiple of 8, if not those of --dim-size"),
+    ("--patch", COUNT, (2, 4), "side of a token in pixels"),
+)
+BACKBONES = {"unet": UNET, "dim": DIM}
+DRAWING = (
+    ("--sampler", dict(choices=("ddim", "dpm")), "ddim", "ddim, or dpm, DPM-Solver++ of second order"),
+    ("--sample-steps", COUNT, 50, "denoising steps per sample"),
+    ("--eta", SHARE, 0.0, "noise in ddim: 0 DDIM, 1 DDPM"),
+    ("--guidance", within(float, -100, 100), 1.0, "weight of the class: 0 ignores it, more than 1 exaggerates it"),
+    ("--fps", within(float, 0.1, 100), 8.0, "frames per second of the GIFs"),
+)
+DEVICE = ("--device", str, default_device(), "cuda, cuda:1, mps or cpu: the best there is")
+TRAINING = {
+    "data": (
+        ("--data", str, "maze", "'maze', or a folder (searched recursively) or file of videos, arrays or image sequences"),
+        ("--split", dict(choices=("train", "test", "all")), None, "part of a data set that has folders train/ and test/, or "
+         "the lists of CARLA or UCF101 (default train; the papers train on all); a folder without these is taken whole"),
+        ("--antialias", ON_OFF, True, "in reducing videos to --size (default yes; the papers: no)"),
+        ("--latents", ON, False, "files in --data are float arrays (frames, size, size, channels) of any values, such as a "
+         "VAE's latents, which are trained on as they are"),
+        ("--size", COUNT, (32, 16), "height and width in pixels"),
+        ("--frames", COUNT, (16, 8), "frames per video"),
+        ("--workers", within(int, 0, 1024), None, "processes that prepare data: decode files, up to 8 by default, and load "
+         "batches, by default none on a CPU, else up to 8"),
+        ("--class-cond", ON, False, "tell the network each video's class: the folder it lies in, or the maze's style of walls"),
+        ("--cond-drop", SHARE, (0.1, 0.1), "share of videos whose class is hidden in training, for --guidance"),
+    ),
+    "model": (
+        ("--backbone", dict(choices=BACKBONES), "unet", "network"),
+        ("--target", dict(choices=("eps", "v", "x0")), "v", "what it predicts"),
+        ("--diffusion-steps", COUNT, 256, "steps of the schedule"),
+    ),
+    "U-Net (--backbone unet)": UNET,
+    "DiM (--backbone dim)": DIM,
+    "training": (
+        ("--steps", COUNT, (20_000, 500), "optimiser steps in all"),
+        ("--batch", COUNT, (16, 4), "videos per backward pass and process"),
+        ("--grad-accum", COUNT, 1, "backward passes per step"),
+        ("--lr", within(float, 1e-12, 10), (3e-4, 1e-3), "Adam's learning rate"),
+        ("--warmup", COUNT_OR_0, (50, 50), "steps in which it rises to --lr"),
+        ("--clip", within(float, 0, 10**9), 1.0, "largest norm of the gradient, 0 for no limit"),
+        ("--ema", SHARE, (0.9995, 0.995), "decay of the averaged weights"),
+        ("--seed", SEED, 0, "of weights, data order and noise"),
+    ),
+    "speed and memory": (
+        DEVICE,
+        ("--amp", ON_OFF, None, "matrix products and convolutions in bfloat16 (default: on a GPU that has it)"),
+        ("--compile", ON_OFF, False, "torch.compile: minutes at first, then faster steps (default off)"),
+        ("--recompute", ON_OFF, False, "compute activations twice: less memory, more time (default off)"),
+    ),
+    "run": (
+        ("--out", str, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
+        ("--resume", dict(metavar="RUN"), None, "go on with the run in this folder, or from a checkpoint in it, with its "
+         "arguments; only steps, samples, data's place, speed and memory may change, and batch, grad-accum and processes if "
+         "their product stays"),
+        ("--save-every", COUNT, None, "steps from checkpoint to checkpoint; each sample and score has one in any case"),
+        ("--keep", COUNT, 2, "checkpoints kept, the newest ones"),
+        ("--sample-every", COUNT, (2000, 500), "steps from sample to sample"),
+        ("--sample-videos", COUNT, 8, "videos drawn each time"),
+        ("--eval-every", COUNT_OR_0, 0, "steps from score to score, 0 for no scores"),
+        ("--eval-videos", COUNT, (64, 64), "samples and held-out videos of a score: few score high, compare equal numbers only"),
+        ("--i3d", dict(metavar="FILE"), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
+        *DRAWING,
+    ),
+}  # fmt: skip
+SAMPLING = (
+    ("--videos", COUNT, 8, "how many"),
+    ("--frames", COUNT, None, "frames per video, any number (default: as trained)"),
+    ("--size", COUNT, None, "height and width in pixels (default: as trained)"),
+    ("--batch", COUNT, 8, "videos drawn at a time"),
+    ("--seed", SEED, 0, "of the noise"),
+    DEVICE,
+    ("--out", str, None, "folder to write to (default RUN/sampled, numbered if taken)"),
+    ("--class", dict(dest="label", metavar="CLASS"), None, "name or number of the class to draw (default: all in turn)"),
+    *((flag, how, None, f"{text} (default: that of the run)") for flag, how, _, text in DRAWING),
+)
+
+
+def add_options(group, rows):
+    """Add a table's options to a group of a parser, or to the parser."""
+    for flag, how, default, text in rows:
+        option = group.add_argument(flag, **how if isinstance(how, dict) else {"type": how})
+        option.default = None if isinstance(default, tuple) else default
+        if default is not None and not isinstance(default, bool):
+            pair = default if isinstance(default, tuple) else (default,)
+            typed = dict.fromkeys(str(value).strip("[]").replace(" ", "") for value in pair)  # one, if they are equal
+            text += f" (default {' on a GPU, else '.join(typed)})"
+        option.help = text
 
 
 def training_parser():
-    """Options of training; what depends on the device has no default yet."""
-
-    def sized(name):
-        defaults = [SIZED[kind] | BACKBONES["unet"][kind] | BACKBONES["dim"][kind] for kind in ("cuda", "cpu")]
-        gpu, cpu = (str(default[name]).strip("[]").replace(", ", ",") for default in defaults)
-        return f"default {gpu} on a GPU, else {cpu}"
-
+    """Options of training."""
     parser = Parser(
         prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
         epilog="python train.py sample --help    tells how to draw videos from a checkpoint\n"
                "python train.py plot --help      how to draw the curves of runs\n"
                "torchrun --nproc_per_node N train.py ...    trains on N GPUs (or, with --device cpu, N processes)",
     )  # fmt: skip
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="maze", help="'maze', or a folder (searched recursively) or file of videos, "
-                      "arrays or image sequences (default maze)")  # fmt: skip
-    data.add_argument("--split", choices=("train", "test", "all"), help="part of a data set that has folders train/ "
-                      "and test/, or the lists of CARLA or UCF101 (default train; the papers train on all); a folder "
-                      "without these is taken whole")  # fmt: skip
-    data.add_argument("--antialias", action=argparse.BooleanOptionalAction, default=True,
-                      help="in reducing videos to --size (default yes; the papers: no)")  # fmt: skip
-    data.add_argument("--latents", action="store_true", help="files in --data are float arrays (frames, size, size, "
-                      "channels) of any values, such as a VAE's latents, which are trained on as they are")  # fmt: skip
-    data.add_argument("--size", type=positive, help=f"height and width in pixels ({sized('size')})")
-    data.add_argument("--frames", type=positive, help=f"frames per video ({sized('frames')})")
-    data.add_argument("--workers", type=within(int, 0, 1024),
-                      help="processes that prepare data: decode files, up to 8 by default, and load batches, by "
-                      "default none on a CPU, else up to 8")  # fmt: skip
-    data.add_argument("--class-cond", action="store_true", help="tell the network the class of each video: the folder "
-                      "it lies in, or the maze's style of walls")  # fmt: skip
-    data.add_argument("--cond-drop", type=within(float, 0, 1), help="share of videos whose class is hidden in "
-                      "training, for --guidance (default 0.1)")  # fmt: skip
-    model = parser.add_argument_group("model")
-    model.add_argument("--backbone", default="unet", choices=BACKBONES, help="network (default unet)")
-    model.add_argument("--target", default="v", choices=("eps", "v", "x0"), help="what it predicts (default v)")
-    model.add_argument("--diffusion-steps", type=positive, default=256, help="steps of the schedule (default 256)")
-    unet = parser.add_argument_group("U-Net (--backbone unet)")
-    unet.add_argument("--temporal", metavar="NAME",
-                      help=f"temporal layer: {', '.join(TEMPORAL_LAYERS)} (default bi-mamba)")  # fmt: skip
-    unet.add_argument("--dim", type=positive, help=f"width of the first level, a multiple of 8 ({sized('dim')})")
-    unet.add_argument("--dim-mults", type=multiples, help=f"levels' widths in units of dim ({sized('dim_mults')})")
-    unet.add_argument("--heads", type=positive, help=f"attention heads ({sized('heads')})")
-    dim = parser.add_argument_group("DiM (--backbone dim)")
-    sizes = ", ".join(f"{name} {size['depth']} x {size['d']}" for name, size in DIM_SIZES.items())
-    dim.add_argument("--dim-size", choices=DIM_SIZES, help=f"depth x width of DiT: {sizes}")
-    dim.add_argument("--depth", type=positive, help=f"blocks (that of --dim-size; {sized('depth')})")
-    dim.add_argument("--width", type=positive, help=f"numbers per token, a multiple of 8 ({sized('width')})")
-    dim.add_argument("--patch", type=positive, help=f"side of a token in pixels ({sized('patch')})")
-    loop = parser.add_argument_group("training")
-    loop.add_argument("--steps", type=positive, help=f"optimiser steps in all ({sized('steps')})")
-    loop.add_argument("--batch", type=positive, help=f"videos per backward pass and process ({sized('batch')})")
-    loop.add_argument("--grad-accum", type=positive, default=1, help="backward passes per step (default 1)")
-    loop.add_argument("--lr", type=within(float, 1e-12, 10), help=f"Adam's learning rate ({sized('lr')})")
-    loop.add_argument("--warmup", type=within(int, 0, 10**9), help="steps in which it rises to --lr (default 50)")
-    loop.add_argument("--clip", type=within(float, 0, 10**9), default=1.0,
-                      help="largest norm of the gradient, 0 for no limit (default 1)")  # fmt: skip
-    loop.add_argument("--ema", type=within(float, 0, 1), help=f"decay of the averaged weights ({sized('ema')})")
-    loop.add_argument("--seed", type=within(int, 0, 2**31 - 1), default=0,
-                      help="of weights, data order and noise (default 0)")  # fmt: skip
-    speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    speed.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                       help="matrix products and convolutions in bfloat16 (default: on a GPU that has it)")  # fmt: skip
-    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                       help="torch.compile: minutes at first, then faster steps (default off)")  # fmt: skip
-    speed.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
-                       help="compute activations twice: less memory, more time (default off)")  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", help="folder of the run (default runs/ and the data's name, numbered if taken)")
-    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint in it, "
-                     "with its arguments; only steps, samples, data's place, speed and memory may change, and batch, "
-                     "grad-accum and processes if their product stays")  # fmt: skip
-    run.add_argument("--save-every", type=positive,
-                     help="steps from checkpoint to checkpoint (default: when it samples)")  # fmt: skip
-    run.add_argument("--keep", type=positive, default=2, help="checkpoints kept, the newest ones (default 2)")
-    run.add_argument("--sample-every", type=positive, help=f"steps from sample to sample ({sized('sample_every')})")
-    run.add_argument("--sample-videos", type=positive, default=8, help="videos drawn each time (default 8)")
-    run.add_argument("--eval-every", type=within(int, 0, 10**9), default=0,
-                     help="steps from score to score (default 0: never)")  # fmt: skip
-    run.add_argument("--eval-videos", type=positive, default=64, help="samples and held-out videos of a score "
-                     "(default 64); few videos score high, compare equal numbers only")  # fmt: skip
-    run.add_argument("--i3d", metavar="FILE", help="I3D's weights, see fvd.py; without them it is FD-random, not FVD")
-    add_sampling_arguments(run, "ddim", 50, 0, 1, 8)
+    for title, rows in TRAINING.items():
+        add_options(parser.add_argument_group(title), rows)
     return parser
 
 
@@ -1379,16 +1378,7 @@ def sampling_parser():
     """Options of sampling."""
     parser = Parser(prog="train.py sample", description="Draw videos from a checkpoint.")
     parser.add_argument("run", help="folder of a run, or a checkpoint in it")
-    parser.add_argument("--videos", type=positive, default=8, help="how many (default 8)")
-    parser.add_argument("--frames", type=positive, help="frames per video, any number (default: as trained)")
-    parser.add_argument("--size", type=positive, help="height and width in pixels (default: as trained)")
-    parser.add_argument("--batch", type=positive, default=8, help="videos drawn at a time (default 8)")
-    parser.add_argument("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of the noise (default 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1, mps or cpu (default: the best)")
-    parser.add_argument("--out", help="folder to write to (default RUN/sampled, numbered if taken)")
-    parser.add_argument("--class", dest="label", metavar="CLASS",
-                        help="name or number of the class to draw (default: all in turn)")  # fmt: skip
-    add_sampling_arguments(parser, *["that of the run"] * 5)
+    add_options(parser, SAMPLING)
     return parser
 
 
@@ -1400,52 +1390,47 @@ def plotting_parser():
     return parser
 
 
-def computes_bfloat16(device):
-    """Whether bfloat16 is fast there, and not only possible."""
-    gpu = device.startswith("cuda") and torch.cuda.is_available()
-    return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+def absolute(data):
+    """"maze", or the path of data that is right in any working folder."""
+    return data if data == "maze" else str(Path(data).resolve())
 
 
-def flags(names):
-    """["dim_mults", "heads"] -> "--dim-mults, --heads\""""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+def dest(flag):
+    """"--dim-mults" -> "dim_mults\""""
+    return flag.lstrip("-").replace("-", "_")
 
 
-def default_out(args):
-    return Path("runs") / (Path(args.data).stem or "videos")
+NEEDS = {"--cond-drop": "--class-cond", "--i3d": "--eval-every", "--eval-videos": "--eval-every"}  # to have an effect
 
 
 def complete(args):
-    """Fill in what depends on the device."""
-    args.device, args.channels = args.device or default_device(), 3
+    """Fill in what depends on other arguments, unless they contradict each other (BadInput)."""
+    given = lambda *flags: [flag for flag in flags if getattr(args, dest(flag)) is not None]
     if args.data == "maze" and (args.split or args.latents or not args.antialias):
         raise BadInput("--split, --latents and --no-antialias are for --data FOLDER, not for the maze: leave them out")
     if args.latents and (args.size or args.eval_every or not args.antialias):
         raise BadInput("--latents are neither resized nor scored: leave out --size, --no-antialias and --eval-every")
-    if args.latents:
-        args.size, args.channels = latent_shape(args.data)
-    kind = "cuda" if args.device.startswith("cuda") else "cpu"
-    for backbone in BACKBONES.keys() - {args.backbone}:
-        alien = [name for name in BACKBONES[backbone][kind] if getattr(args, name) is not None]
-        if alien:
-            raise BadInput(f"{flags(alien)} of --backbone {backbone}: leave it out, this is --backbone {args.backbone}")
-    if args.cond_drop is not None and not args.class_cond:
-        raise BadInput("--cond-drop hides classes, which only --class-cond shows: give both or neither")
-    args.classes, args.label = [], None  # until the data is known, until one is asked for
-    sized = SIZED[kind] | BACKBONES[args.backbone][kind]
-    if args.dim_size:
-        sized |= {"depth": DIM_SIZES[args.dim_size]["depth"], "width": DIM_SIZES[args.dim_size]["d"]}
-    if (args.warmup or 0) > (args.steps or sized["steps"]):
-        raise BadInput(f"--warmup {args.warmup} is longer than the run of --steps {args.steps or sized['steps']}")
-    other = {"sampler": "ddim", "sample_steps": 50, "eta": 0.0, "guidance": 1.0, "fps": 8.0, "warmup": 50,
-             "cond_drop": 0.1, "amp": computes_bfloat16(args.device)}  # fmt: skip
-    for name, value in {**sized, **other}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.data != "maze":
-        args.data = str(Path(args.data).resolve())
-    if args.out and (Path(args.out) / "log.jsonl").exists():
+    for flag in given(*NEEDS):
+        if not getattr(args, dest(NEEDS[flag])):
+            raise BadInput(f"{flag} has no effect without {NEEDS[flag]}: give both or neither")
+    args.data = absolute(args.data)
+    other = "dim" if args.backbone == "unet" else "unet"
+    if alien := given(*(flag for flag, *_ in BACKBONES[other])):
+        raise BadInput(f"{', '.join(alien)} of --backbone {other}: leave it out, this is --backbone {args.backbone}")
+    if args.out and Path(args.out, "log.jsonl").exists():
         raise BadInput(f"--out {args.out} holds a run: go on with --resume {shlex.quote(args.out)}, or choose another")
+    if args.dim_size:
+        args.depth = args.depth or DIM_SIZES[args.dim_size]["depth"]
+        args.width = args.width or DIM_SIZES[args.dim_size]["d"]
+    args.size, args.channels = latent_shape(args.data) if args.latents else (args.size, 3)
+    args.classes, args.label = [], None  # until the data is known, until one is asked for
+    asked = args.warmup or 0
+    for flag, _, default, _ in (row for rows in TRAINING.values() if rows is not BACKBONES[other] for row in rows):
+        if isinstance(default, tuple) and not given(flag):
+            setattr(args, dest(flag), default[0 if args.device.startswith("cuda") else 1])
+    if asked > args.steps:
+        raise BadInput(f"--warmup {asked} is longer than the run of --steps {args.steps}")
+    args.amp = computes_bfloat16(args.device) if args.amp is None else args.amp
     return args
 
 
@@ -1464,14 +1449,13 @@ def resumed(parser, argv):
     if not run.is_dir():
         raise BadInput(f"--resume {given.resume}: give the folder of a run, or a checkpoint in it")
     checkpoint = load_checkpoint(given.resume)
-    saved = checkpoint["args"] | {"device": None, "out": str(run)}
+    saved = checkpoint["args"] | {"device": default_device(), "out": str(run)}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.device = args.device or default_device()
-    args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
+    args.data = absolute(args.data)
     changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
     if changed:
-        were = ", ".join(f"{flags([name])} (was {saved[name]})" for name in changed)
+        were = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
         raise BadInput(f"--resume cannot change {were}: leave it out, or start a new run with --out")
     if args.steps < checkpoint["step"]:
         raise BadInput(f"--steps {args.steps} is less than the {checkpoint['step']} that {run} has done: give more")
@@ -1517,11 +1501,12 @@ def main(argv):
         return sample(sampling_parser().parse_args(argv[1:]))
     if argv[:1] == ["plot"]:
         return plot(plotting_parser().parse_args(argv[1:]))
-    parser = training_parser()
-    if parser.parse_args(argv).resume is not None:
-        args, checkpoint = resumed(parser, argv)
+    parser, checkpoint = training_parser(), None
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        complete(args)
     else:
-        args, checkpoint = complete(parser.parse_args(argv)), None
+        args, checkpoint = resumed(parser, argv)
     check(args)
     train(args, checkpoint)
 
