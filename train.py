@@ -17,11 +17,11 @@ steps. Decoded videos are kept beside it, in cache/.
 Map
     1. The maze       endless videos, drawn by numpy
     2. Folders        videos decoded once into a cache, random windows of them
-    3. Pictures       GIFs, contact sheets, arrays for scoring, curves
-    4. Checkpoints    all of a run's state in one file, replaced in one go
-    5. The loop       on one or several processes, and the score of samples by fvd.py during training
-    6. Sampling
-    7. The command line
+    3. Pictures       GIFs, contact sheets, arrays for scoring, curves of the log
+    4. Checkpoints    all of a run's state in one file, replaced in one go, and the folders of runs
+    5. The loop       `train`; `Ranks` are its processes, `Run` its state, `Score` rates samples by fvd.py
+    6. Sampling       with any number of frames, without the data
+    7. The command line, its options as tables
 
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights (EMA) and the
 learning rate warm up, gradients are clipped, and sizes fit the device at hand. All but the EMA's warm-up are options.
@@ -296,15 +296,14 @@ class MazeVideos(Dataset):
 # -----------------------------------------------------------------------------
 # 2. Folders
 #
-# Decoding a video takes far longer than a training step needs a window of it. So every file is decoded once, brought to
-# size (short side to `size`, centre crop) and kept as a flat file of uint8 frames, which is then a memory map: larger
-# sets than memory train. Windows of consecutive frames are drawn at random, every video once per epoch.
+# Decoding takes longer than training. So every file is decoded once, brought to size (short side to `size`, centre crop)
+# and kept as a flat file of uint8 frames, a memory map: larger sets than memory train. Windows of consecutive frames
+# are drawn at random, every video once per epoch.
 #
 #     file --decode--> KEY.u8, the frames of its videos, then KEY.json, which describes them
 #
-# The key is made of all that the frames depend on, and each file appears whole, by a rename. So a build that was killed
-# goes on with what is missing, and any number of processes and runs build one cache together: at worst two of them
-# decode the same file, and the second replaces the first's frames by equal ones.
+# The key is made of all that the frames depend on, and each file appears whole, by a rename. So a killed build goes on
+# with what is missing, and processes and runs build one cache together: two may decode a file, to equal frames.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
 
@@ -542,7 +541,8 @@ class FolderVideos(Dataset):
             for i, parts in enumerate(lengths) for start, length in zip(np.cumsum([0, *parts]), parts)
         ])  # fmt: skip
         if len(videos) == 0:
-            raise BadInput(f"--data {self.path}: none of its {len(sources)} files is a usable video{self.why_skipped()}")
+            why = self.why_skipped()
+            raise BadInput(f"--data {self.path}: none of its {len(sources)} files is a usable video{why}")
         longest, enough = videos[:, 2].max(), videos[:, 2] >= self.frames
         if longest < self.frames:
             raise BadInput(f"--frames {self.frames} is more than any video of {self.path} has: at most {longest}")
@@ -672,9 +672,10 @@ def plot(args):
 # 4. Checkpoints
 #
 # A run that stops must go on as if it had not: weights, their average, the optimiser and the step are stored together.
-# Random numbers need no storing: video, diffusion step and noise of item i of a run follow from its seed and i. The
-# file is written under another name and then renamed, which a file system does at once or not at all: a killed run
-# leaves the old checkpoints or a new one more, never half of one.
+# The state of a random generator is not, since there is none that outlives an item: (seed, item) determines video,
+# window, diffusion step, noise and hidden class of every item, whichever process draws them. The file is written under
+# another name and then renamed, which a file system does at once or not at all: a killed run leaves the old checkpoints
+# or a new one more, never half of one.
 
 
 def write_whole(path, write):
@@ -701,6 +702,28 @@ def checkpoints(run):
     return sorted((path for path in Path(run).glob("*.pt") if step_in(path) >= 0), key=step_in, reverse=True)
 
 
+def out_folder(args):
+    """Where a run is written, if it has no number."""
+    return Path(args.out or Path("runs", Path(args.data).stem or "videos"))
+
+
+def numbered(base):
+    """base, base-2, base-3, ..."""
+    return (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
+
+
+def claim(args):
+    """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
+    for out in numbered(out_folder(args)):
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            open(out / "log.jsonl", "x").close()
+            return out
+        except FileExistsError:
+            if args.out:  # another run has taken it since `complete` looked
+                raise
+
+
 def run_folder(path):
     """The run that a folder or a checkpoint in it belongs to."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
@@ -713,7 +736,8 @@ def load_checkpoint(run):
         raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("step", "per_step", "args", "data", "torch", "model", "ema", "optimizer")}
+        keys = "args", "step", "per_step", "data", "torch", "model", "ema", "optimizer"
+        return {key: checkpoint[key] for key in keys}
     except Exception as error:  # zip, pickle and torch share no narrower class
         before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
         mend = f"; go on from the one before it: --resume {shlex.quote(str(before[0]))}" if before else ""
@@ -862,31 +886,10 @@ def make_data(args, test=False):
     if args.data == "maze":
         return MazeVideos("test" if test else "train", args.frames, args.size, args.seed)
     held_out = args.eval_videos if args.eval_every else 0
-    return FolderVideos(args.data, args.frames, args.size, out_folder(args).parent / "cache", args.seed, args.split, test,
-                        held_out, args.antialias, args.channels if args.latents else None,
-                        CORES if args.workers is None else args.workers)  # fmt: skip
-
-
-def out_folder(args):
-    """Where a run is written, if it has no number."""
-    return Path(args.out or Path("runs", Path(args.data).stem or "videos"))
-
-
-def numbered(base):
-    """base, base-2, base-3, ..."""
-    return (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
-
-
-def claim(args):
-    """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
-    for out in numbered(out_folder(args)):
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        try:
-            open(out / "log.jsonl", "x").close()
-            return out
-        except FileExistsError:
-            if args.out:  # another run has taken it since `complete` looked
-                raise
+    workers = CORES if args.workers is None else args.workers
+    cache = out_folder(args).parent / "cache"
+    return FolderVideos(args.data, args.frames, args.size, cache, args.seed, args.split, test, held_out, args.antialias,
+                        args.channels if args.latents else None, workers)  # fmt: skip
 
 
 def one_hot(args, labels, device):
@@ -971,7 +974,7 @@ class Run:
         self.data = self.ranks.main_first(lambda: make_data(args))
         args.classes = list(self.data.classes) if args.class_cond else []
         if len(args.classes) == 1:
-            raise BadInput(f"--class-cond needs two classes or more, a folder each: all videos lie in {args.classes[0]}")
+            raise BadInput(f"--class-cond needs two classes or more, a folder each: all are in {args.classes[0]}")
         # Kernels lie as activations do: 5 % faster, and their gradients fit the buckets of DistributedDataParallel.
         self.model = make_model(args).to(self.ranks.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.model, multi_avg_fn=average_weights(args.ema))
@@ -996,8 +999,8 @@ class Run:
         if (checkpoint["data"], checkpoint["args"]["classes"]) != (self.data.fingerprint, args.classes):
             raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
         if checkpoint["per_step"] != self.per_step:
-            raise BadInput(f"this run takes {checkpoint['per_step']} videos a step; --batch {args.batch} x --grad-accum "
-                           f"{args.grad_accum} x processes is {self.per_step}: change one of the three")  # fmt: skip
+            product = f"--batch {args.batch} x --grad-accum {args.grad_accum} x processes is {self.per_step}"
+            raise BadInput(f"this run takes {checkpoint['per_step']} videos a step; {product}: change one of the three")
         if checkpoint["torch"] != torch.__version__:
             print(f"note        the run began with torch {checkpoint['torch']}, this is {torch.__version__}")
         self.step = checkpoint["step"]
@@ -1007,7 +1010,8 @@ class Run:
         """Print what the run will do."""
         args, size = self.args, self.ranks.size
         threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-        how = ["bfloat16" if args.amp else "float32", *(name for name in ("compile", "recompute") if getattr(args, name))]
+        how = ["bfloat16" if args.amp else "float32"]
+        how += [name for name in ("compile", "recompute") if getattr(args, name)]
         dim = f"DiM, {args.depth} blocks of width {args.width}, patches of {args.patch}x{args.patch}"
         name = dim if args.backbone == "dim" else f"U-Net, {args.temporal}"
         print(f"device      {size} x {args.device}{threads}, {', '.join(how)}")
@@ -1025,26 +1029,26 @@ class Run:
         Item i is always the same video with the same noise: a resumed run sees what an uninterrupted one would have
         seen, on any number of ranks, to which batch after batch of items is dealt out.
         """
-        batch, size, gpu = self.args.batch, self.ranks.size, self.ranks.device.type == "cuda"
-        first = range(self.step * self.per_step + self.ranks.rank * batch, self.args.steps * self.per_step, size * batch)
-        mine = [range(i, i + batch) for i in first]
-        workers = (0 if self.args.device == "cpu" else CORES) if self.args.workers is None else self.args.workers
-        loader = DataLoader(self.data, batch_sampler=mine, num_workers=workers, pin_memory=gpu,
-                            generator=torch.Generator())  # fmt: skip
-        return zip(mine, loader)
+        args, ranks, gpu = self.args, self.ranks, self.ranks.device.type == "cuda"
+        begin, end = self.step * self.per_step, args.steps * self.per_step
+        mine = [range(i, i + args.batch) for i in range(begin + ranks.rank * args.batch, end, ranks.size * args.batch)]
+        workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else CORES
+        return zip(mine, DataLoader(self.data, batch_sampler=mine, num_workers=workers, pin_memory=gpu,
+                                    generator=torch.Generator()))  # fmt: skip
 
     def rate(self, step):
         """Learning rate of a step, counted from 1."""
         return self.args.lr * min(1, step / max(1, self.args.warmup))
 
     def due(self, every):
+        """Whether something is done now that is done every so many steps, and at the end."""
         return every and self.step % every == 0 or self.step == self.args.steps
 
     def flush(self):
         """Log the steps since the last call; their losses must be finite."""
         # Reading numbers waits for the device, so it is not done at every step.
         n = len(self.norms)
-        if n == 0:
+        if not n:
             return
         t, loss = rearrange(self.ranks.gather(torch.stack(self.losses)), "r (n a) two b -> two n (r a b)", n=n)
         levels = (4 * t / self.args.diffusion_steps).long()  # quarters of the schedule, from little noise to much
@@ -1056,13 +1060,14 @@ class Run:
                 raise BadInput(f"step {step} had loss {mean} and gradient norm {norm}, and was not saved: {go_on}try a "
                                "lower --lr, a lower --clip or a longer --warmup in a new run")  # fmt: skip
             parts = [loss[k][levels[k] == i] for i in range(4)]
-            self.write({"step": step, "loss": mean, "loss_by_noise": [x.mean().item() if len(x) else None for x in parts],
-                        "grad_norm": norm, "lr": self.rate(step), "videos_per_second": round(speed, 3),
-                        "memory_mib": peak_memory(self.ranks.device)})  # fmt: skip
+            by_noise = [part.mean().item() if len(part) else None for part in parts]
+            self.write(step=step, loss=mean, loss_by_noise=by_noise, grad_norm=norm, lr=self.rate(step),
+                       videos_per_second=round(speed, 3), memory_mib=peak_memory(self.ranks.device))  # fmt: skip
         self.bar.set_postfix_str(f"loss {loss.mean():.4f}, {speed:.1f} videos/s")
         self.losses, self.norms, self.clock = [], [], time.time()
 
-    def write(self, line):
+    def write(self, **line):
+        """Add a line to the log."""
         self.log.write(json.dumps(line) + "\n")
 
     def save(self):
@@ -1093,7 +1098,7 @@ class Run:
                 write_sheet(last, np.concatenate([to_numpy(self.data[0][0][None]), videos]))
         if self.score and self.due(args.eval_every) and self.step not in self.scored:
             value = self.score(self.ema.module)
-            self.write({"step": self.step, self.score.name: value, "videos": args.eval_videos})
+            self.write(**{"step": self.step, self.score.name: value, "videos": args.eval_videos})
             self.bar.write(f"step {self.step}: {self.score.name} {value:.4g} with {args.eval_videos} videos")
         self.clock = time.time()
 
@@ -1214,10 +1219,7 @@ def write_samples(args, videos):
 # -----------------------------------------------------------------------------
 # 7. The command line
 
-def default_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def computes_bfloat16(device):
@@ -1252,10 +1254,7 @@ SHARE, ON, ON_OFF = within(float, 0, 1), dict(action="store_true"), dict(action=
 
 def multiples(text):
     """"1,2,4" -> [1, 2, 4]"""
-    try:
-        return [COUNT(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 1,2,4") from None
+    return [COUNT(part) for part in text.split(",")]
 
 
 # Options, a row each: flag, how argparse reads it, default, help. A pair of defaults is for a GPU and for a CPU, and
@@ -1282,20 +1281,20 @@ DRAWING = (
     ("--guidance", within(float, -100, 100), 1.0, "weight of the class: 0 ignores it, more than 1 exaggerates it"),
     ("--fps", within(float, 0.1, 100), 8.0, "frames per second of the GIFs"),
 )
-DEVICE = ("--device", str, default_device(), "cuda, cuda:1, mps or cpu: the best there is")
+DEVICE = ("--device", str, BEST_DEVICE, "cuda, cuda:1, mps or cpu: the best there is")
 TRAINING = {
     "data": (
-        ("--data", str, "maze", "'maze', or a folder (searched recursively) or file of videos, arrays or image sequences"),
-        ("--split", dict(choices=("train", "test", "all")), None, "part of a data set that has folders train/ and test/, or "
-         "the lists of CARLA or UCF101 (default train; the papers train on all); a folder without these is taken whole"),
+        ("--data", str, "maze", "'maze', or a file or a folder (at any depth) of videos, arrays or image sequences"),
+        ("--split", dict(choices=("train", "test", "all")), None, "part of a data set that has folders train/ and "
+         "test/, or lists as CARLA and UCF101 (default train; the papers train on all); others are taken whole"),
         ("--antialias", ON_OFF, True, "in reducing videos to --size (default yes; the papers: no)"),
-        ("--latents", ON, False, "files in --data are float arrays (frames, size, size, channels) of any values, such as a "
-         "VAE's latents, which are trained on as they are"),
+        ("--latents", ON, False, "files in --data are float arrays (frames, size, size, channels) of any values, "
+         "such as a VAE's latents, which are trained on as they are"),
         ("--size", COUNT, (32, 16), "height and width in pixels"),
         ("--frames", COUNT, (16, 8), "frames per video"),
-        ("--workers", within(int, 0, 1024), None, "processes that prepare data: decode files, up to 8 by default, and load "
-         "batches, by default none on a CPU, else up to 8"),
-        ("--class-cond", ON, False, "tell the network each video's class: the folder it lies in, or the maze's style of walls"),
+        ("--workers", within(int, 0, 1024), None, "processes that decode files (default: up to 8) and load batches "
+         "(default: none on a CPU, else up to 8)"),
+        ("--class-cond", ON, False, "tell the network each video's class: its folder, or the maze's style of walls"),
         ("--cond-drop", SHARE, (0.1, 0.1), "share of videos whose class is hidden in training, for --guidance"),
     ),
     "model": (
@@ -1323,15 +1322,16 @@ TRAINING = {
     ),
     "run": (
         ("--out", str, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
-        ("--resume", dict(metavar="RUN"), None, "go on with the run in this folder, or from a checkpoint in it, with its "
-         "arguments; only steps, samples, data's place, speed and memory may change, and batch, grad-accum and processes if "
-         "their product stays"),
+        ("--resume", dict(metavar="RUN"), None, "go on with the run in this folder, or from a checkpoint in it, with "
+         "its arguments; only steps, samples, data's place, speed and memory may change, and batch, grad-accum and "
+         "processes if their product stays"),
         ("--save-every", COUNT, None, "steps from checkpoint to checkpoint; each sample and score has one in any case"),
         ("--keep", COUNT, 2, "checkpoints kept, the newest ones"),
         ("--sample-every", COUNT, (2000, 500), "steps from sample to sample"),
         ("--sample-videos", COUNT, 8, "videos drawn each time"),
         ("--eval-every", COUNT_OR_0, 0, "steps from score to score, 0 for no scores"),
-        ("--eval-videos", COUNT, (64, 64), "samples and held-out videos of a score: few score high, compare equal numbers only"),
+        ("--eval-videos", COUNT, (64, 64), "samples and held-out videos of a score; few score high, compare "
+         "equal numbers only"),
         ("--i3d", dict(metavar="FILE"), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
         *DRAWING,
     ),
@@ -1344,7 +1344,7 @@ SAMPLING = (
     ("--seed", SEED, 0, "of the noise"),
     DEVICE,
     ("--out", str, None, "folder to write to (default RUN/sampled, numbered if taken)"),
-    ("--class", dict(dest="label", metavar="CLASS"), None, "name or number of the class to draw (default: all in turn)"),
+    ("--class", dict(dest="label", metavar="CLASS"), None, "name or number of the class (default: all in turn)"),
     *((flag, how, None, f"{text} (default: that of the run)") for flag, how, _, text in DRAWING),
 )
 
@@ -1440,16 +1440,15 @@ FREE = {"data", "steps", "batch", "grad_accum", "workers", "device", "amp", "com
         "guidance", "fps"}  # fmt: skip
 
 
-def resumed(parser, argv):
+def resumed(parser, argv, given):
     """Arguments and checkpoint of the run that --resume names, with what else the command line says."""
-    given = parser.parse_args(argv)
     run = run_folder(given.resume)
     if given.out:
         raise BadInput(f"--resume writes into the run's own folder: leave out --out {given.out}, or copy the run first")
     if not run.is_dir():
         raise BadInput(f"--resume {given.resume}: give the folder of a run, or a checkpoint in it")
     checkpoint = load_checkpoint(given.resume)
-    saved = checkpoint["args"] | {"device": default_device(), "out": str(run)}
+    saved = checkpoint["args"] | {"device": BEST_DEVICE, "out": str(run)}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.data = absolute(args.data)
@@ -1506,7 +1505,7 @@ def main(argv):
     if args.resume is None:
         complete(args)
     else:
-        args, checkpoint = resumed(parser, argv)
+        args, checkpoint = resumed(parser, argv, args)
     check(args)
     train(args, checkpoint)
 

@@ -177,12 +177,12 @@ def test_plot_draws_the_curves_of_several_runs():
     run("a", 12)
     run("b", 2)
     with open("b/log.jsonl", "a") as file:
-        file.write('{"step": 2, "FD-random": 1.5, "videos": 8}\n')
+        file.write('{"step": 2, "FD-random": 1.5, "videos": 8}\n{"step": 3, "lo')  # cut off by a kill
     train.main(["plot", "a", "b"])
     picture = train.iio.imread("a/curves.png")
     assert picture.shape[0] > 500 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
-    train.main(["plot", "b", "--out", "b.png"])
-    assert pathlib.Path("b.png").exists()
+    train.main(["plot", "b", "--out", "b.curves"])
+    assert pathlib.Path("b.curves").read_bytes().startswith(b"\x89PNG")
     assert "folder of a run" in refuses("plot", "nowhere")
     assert np.allclose(train.smooth(np.array([1, np.nan, 3, 5]), 3), [1, 2, 4, 4])
 
@@ -278,6 +278,8 @@ def test_compiling_is_done_in_place_so_that_names_of_weights_stay(monkeypatch):
 
 def test_contradictory_flags_are_named(monkeypatch):
     assert "--warmup 5 is longer" in refuses(*TINY, "--steps", 4, "--warmup", 5)
+    assert "--i3d has no effect without --eval-every" in refuses(*TINY, "--i3d", "weights.pt")
+    assert "--eval-videos has no effect without --eval-every" in refuses(*TINY, "--eval-videos", 8)
     assert "--clip" in refuses(*TINY, "--clip", -1) and "--keep" in refuses(*TINY, "--keep", 0)
     monkeypatch.setattr(torch, "zeros", lambda *_, device, zeros=torch.zeros: zeros(1))  # as if there were a GPU, an old one
     assert "give --no-amp" in refuses(*TINY, "--device", "cuda", "--amp")

@@ -231,6 +231,9 @@ def test_resume_notices_changed_data_and_follows_moved_data(tmp_path):
     folder.rename(tmp_path / "moved")
     train.main(["--resume", "run", "--data", str(tmp_path / "moved"), "--steps", "2"])
     assert len(losses("run")) == 2
+    inside = tmp_path / "moved" / "drawn"
+    assert "lies in --data" in refuses("sample", "run", "--videos", 1, "--device", "cpu", "--out", inside)
+    assert not inside.exists()
     np.save(tmp_path / "moved" / "new.npy", np.zeros((6, 8, 8, 3), np.uint8))
     assert "no longer holds the videos" in refuses("--resume", "run", "--steps", "3")
     assert "lies in --data" in refuses(*TINY, "--data", tmp_path / "moved", "--out", tmp_path / "moved" / "run")
