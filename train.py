@@ -296,9 +296,9 @@ class MazeVideos(Dataset):
 # -----------------------------------------------------------------------------
 # 2. Folders
 #
-# Decoding takes longer than training. So every file is decoded once, brought to size (short side to `size`, centre crop)
-# and kept as a flat file of uint8 frames, a memory map: larger sets than memory train. Windows of consecutive frames
-# are drawn at random, every video once per epoch.
+# Decoding takes longer than training. So every file is decoded once, brought to size (short side to `size`, centre
+# crop) and kept as a flat file of uint8 frames, a memory map: larger sets than memory train. Windows of consecutive
+# frames are drawn at random, every video once per epoch.
 #
 #     file --decode--> KEY.u8, the frames of its videos, then KEY.json, which describes them
 #
@@ -586,7 +586,8 @@ def write_sheet(path, videos, columns=16):
     """Contact sheet: a row per video, time from left to right.    uint8 (b, f, h, w, 3)"""
     shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
     cells = np.pad(enlarge(videos[:, shown], 64), ((0, 0), (0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
-    iio.imwrite(path, rearrange(cells, "b f h w c -> (b h) (f w) c"))
+    picture = rearrange(cells, "b f h w c -> (b h) (f w) c")
+    write_whole(path, lambda temporary: iio.imwrite(temporary, picture, extension=".png"))
 
 
 def write_gif(path, videos, fps):
@@ -1257,8 +1258,8 @@ def multiples(text):
     return [COUNT(part) for part in text.split(",")]
 
 
-# Options, a row each: flag, how argparse reads it, default, help. A pair of defaults is for a GPU and for a CPU, and
-# filled in by `complete`: a CPU run ends in minutes, a GPU run is worth its device. A line of its own begins a group.
+# Options, a row each: flag, how argparse reads it, default, help. `complete` chooses from a pair of defaults, for a GPU
+# and for a CPU: a CPU run ends in minutes, a GPU run is worth its device.
 
 SIZES = ", ".join(f"{name} {size['depth']} x {size['d']}" for name, size in DIM_SIZES.items())
 UNET = (

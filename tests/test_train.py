@@ -270,6 +270,17 @@ def test_sampling_checks_its_arguments_and_keeps_earlier_samples():
     assert "holds samples" in refuses(*once, "--out", "run/sampled")
 
 
+def test_a_sheet_is_whole_or_not_there_so_that_resume_knows_what_to_draw_again(tmp_path, monkeypatch):
+    def killed(path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError("killed")
+
+    monkeypatch.setattr(train.iio, "imwrite", killed)
+    with pytest.raises(train.BadInput, match="killed"):
+        train.write_sheet(tmp_path / "step-000002.png", np.zeros((1, 2, 8, 8, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
 def test_gif_and_sheet_show_what_they_are_given(tmp_path):
     videos = np.zeros((3, 5, 8, 8, 3), np.uint8)
     videos[1, 2] = 255
