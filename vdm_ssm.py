@@ -464,7 +464,12 @@ class S6(nn.Module):
     def parameters_of(self, u):
         """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
         low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
-        return F.softplus(self.dt_proj(low)), -torch.exp(self.A_log), B, C
+        # The scan keeps dt for its backward pass; what softplus was given is as large, and soon computed again.
+        dt = torch.utils.checkpoint.checkpoint(
+            lambda low, weight, bias: F.softplus(F.linear(low, weight, bias)), low, self.dt_proj.weight,
+            self.dt_proj.bias, use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        return dt, -torch.exp(self.A_log), B, C
 
     def forward(self, u, reverse=False, initial_state=None, return_last_state=False):
         """u (b, l, d) -> y (b, l, d), with the options of `selective_scan`."""
@@ -575,8 +580,8 @@ class LinearAttention(nn.Module):
         q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        context = k.softmax(dim=-2).mT @ v  # (..., heads, d, d)
-        y = (q.softmax(dim=-1) * self.scale) @ context  # (..., heads, l, d)
+        context = k.softmax(dim=-2).mT @ v * self.scale  # (..., heads, d, d)
+        y = q.softmax(dim=-1) @ context  # (..., heads, l, d)
         return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
 
 
@@ -657,23 +662,36 @@ class GatedBlock(nn.Module):
         return self.out(F.gelu(self.shortcut(x)) * F.gelu(self.gate(y)))
 
 
-class CausalConv(nn.Module):
-    """Depthwise convolution over a frame and the `width` - 1 before it.    u (b, l, d) -> (b, l, d)
+def causal_conv(u, weight, bias, reverse=False):
+    """Depthwise convolution over a frame and those before it.    u (b, l, d), weight (d, 1, width), bias (d)
 
     `reverse` takes the frames after it instead, the nearest with the same weight.
+    """
+    # To a convolution over images a sequence is one of l x 1 pixels, channels innermost: time need not be. Padded at
+    # both ends by the convolution itself, so that no padded copy is kept.
+    weight = (weight.flip(2) if reverse else weight)[..., None]  # (d, 1, width, 1)
+    pad = weight.shape[2] - 1
+    y = F.conv2d(u.mT[..., None], weight, bias, padding=(pad, 0), groups=len(weight))[..., 0].mT
+    return y[:, pad:] if reverse else y[:, : u.shape[1]]
+
+
+class CausalConv(nn.Module):
+    """silu(`causal_conv`), with the weights.    u (b, l, d) -> (b, l, d)
+
+    Needs: causal_conv.
     """
 
     def __init__(self, d, width=4):
         super().__init__()
         conv = nn.Conv1d(d, d, width, groups=d)  # for its initialisation
-        self.weight, self.bias, self.width = conv.weight, conv.bias, width  # (d, 1, width), (d)
+        self.weight, self.bias = conv.weight, conv.bias  # (d, 1, width), (d)
 
     def forward(self, u, reverse=False):
-        # To a convolution over images a sequence is one of l x 1 pixels, channels innermost: time need not be.
-        before, after = (0, self.width - 1) if reverse else (self.width - 1, 0)
-        image = F.pad(u, (0, 0, before, after)).mT[..., None]  # (b, d, l + width - 1, 1)
-        weight = (self.weight.flip(2) if reverse else self.weight)[..., None]  # (d, 1, width, 1)
-        return F.conv2d(image, weight, self.bias, groups=len(weight))[..., 0].mT
+        # Soon computed again: for the backward pass only u is kept.
+        return torch.utils.checkpoint.checkpoint(
+            lambda *inputs: F.silu(causal_conv(*inputs, reverse)), u, self.weight, self.bias,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
 
 
 class MambaBlock(nn.Module):
@@ -696,10 +714,12 @@ class MambaBlock(nn.Module):
 
     def forward(self, x):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, 2d) each
-        y = self.ahead(F.silu(self.ahead_conv(u)))
+        y = self.ahead(self.ahead_conv(u))
         if self.back is not None:
-            y = y + self.back(F.silu(self.back_conv(u, reverse=True)), reverse=True)
-        return self.out_proj(y * F.silu(z))
+            y = y + self.back(self.back_conv(u, reverse=True), reverse=True)
+        gate = lambda y, z: y * F.silu(z)  # soon computed again: silu(z) is not kept
+        y = torch.utils.checkpoint.checkpoint(gate, y, z, use_reentrant=False, preserve_rng_state=False)
+        return self.out_proj(y)
 
 
 TEMPORAL_LAYERS = ("attention", "linear-attention", "bi-mamba", "bi-s4d", "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated",

@@ -243,11 +243,11 @@ def test_rank_is_a_sixteenth_of_the_width_that_the_core_sees():
     assert temporal_layer("bi-mamba")(64).ahead.rank == 8 and temporal_layer("bi-s6-glu")(64).ahead.core.rank == 4
 
 
-def test_causal_conv_is_a_padded_depthwise_conv1d():
+def test_causal_conv_is_silu_of_a_padded_depthwise_conv1d():
     torch.manual_seed(0)
     conv, u = vdm_ssm.CausalConv(6), torch.randn(2, 9, 6)
     padded = F.pad(u.mT, (3, 0))
-    assert torch.allclose(conv(u), F.conv1d(padded, conv.weight, conv.bias, groups=6).mT, atol=1e-6)
+    assert torch.allclose(conv(u), F.silu(F.conv1d(padded, conv.weight, conv.bias, groups=6).mT), atol=1e-6)
 
 
 # ---- Attention

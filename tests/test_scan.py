@@ -158,9 +158,10 @@ def test_scan_runs_under_activation_checkpointing():
         assert torch.equal(value, reference)
 
 
-def test_scan_runs_under_functional_call():
+@pytest.mark.parametrize("layer", [S6(8), temporal_layer("bi-mamba")(8)], ids=["S6", "bi-mamba"])
+def test_scan_runs_under_functional_call(layer):
     torch.manual_seed(0)
-    layer, u = S6(8), torch.randn(2, 20, 8)
+    u = torch.randn(2, 20, 8)
     parameters = {name: (2 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
     y = torch.func.functional_call(layer, parameters, u)
     gradients = torch.autograd.grad(y.sum(), list(parameters.values()))
