@@ -668,12 +668,14 @@ def causal_conv(u, weight, bias, reverse=False):
 
     `reverse` takes the frames after it instead, the nearest with the same weight.
     """
-    # To a convolution over images a sequence is one of l x 1 pixels, channels innermost: time need not be. Padded at
-    # both ends by the convolution itself, so that no padded copy is kept.
-    weight = (weight.flip(2) if reverse else weight)[..., None]  # (d, 1, width, 1)
-    pad = weight.shape[2] - 1
-    y = F.conv2d(u.mT[..., None], weight, bias, padding=(pad, 0), groups=len(weight))[..., 0].mT
-    return y[:, pad:] if reverse else y[:, : u.shape[1]]
+    # `width` shifted products: faster than a depthwise Conv1d, which wants time innermost.
+    width = weight.shape[2]
+    padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0))  # (b, l + width - 1, d)
+    taps = weight[:, 0].flip(1) if reverse else weight[:, 0]  # (d, width)
+    y = bias
+    for j in range(width):
+        y = y + padded[:, j : j + u.shape[1]] * taps[:, j]
+    return y
 
 
 class CausalConv(nn.Module):
