@@ -288,6 +288,15 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
     return (y, last_state) if return_last_state else y
 
 
+def recomputed(function, *inputs):
+    """function(*inputs), which the backward pass computes again: it keeps the inputs, and nothing between.
+
+    The scan's bargain, for cheap functions of large tensors. Weights belong among the inputs, or a functional_call
+    would differentiate others. No random numbers.
+    """
+    return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 # -----------------------------------------------------------------------------
 # 2. S4D
 #
@@ -445,7 +454,7 @@ class S6(nn.Module):
 
     n: state size per channel. Source: [2], algorithm 2, and its initialisation: A = -(1..n), D = 1, and a bias that
     makes dt log-uniform in [1e-3, 1e-1] frames. The rank is ceil(d/16) of the width the SSM itself sees, as in [1].
-    Needs: selective_scan.
+    Needs: selective_scan, recomputed.
     """
 
     activation = staticmethod(F.silu)  # what [1] puts after this core
@@ -466,10 +475,8 @@ class S6(nn.Module):
         """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
         low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
         # The scan keeps dt for its backward pass; what softplus was given is as large, and soon computed again.
-        dt = torch.utils.checkpoint.checkpoint(
-            lambda low, weight, bias: F.softplus(F.linear(low, weight, bias)), low, self.dt_proj.weight,
-            self.dt_proj.bias, use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        step = lambda low, weight, bias: F.softplus(F.linear(low, weight, bias))
+        dt = recomputed(step, low, self.dt_proj.weight, self.dt_proj.bias)
         return dt, -torch.exp(self.A_log), B, C
 
     def forward(self, u, reverse=False, initial_state=None, return_last_state=False):
@@ -681,7 +688,7 @@ def causal_conv(u, weight, bias, reverse=False):
 class CausalConv(nn.Module):
     """silu(`causal_conv`), with the weights.    u (b, l, d) -> (b, l, d)
 
-    Needs: causal_conv.
+    Needs: causal_conv, recomputed.
     """
 
     def __init__(self, d, width=4):
@@ -690,11 +697,7 @@ class CausalConv(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias  # (d, 1, width), (d)
 
     def forward(self, u, reverse=False):
-        # Soon computed again: for the backward pass only u is kept.
-        return torch.utils.checkpoint.checkpoint(
-            lambda *inputs: F.silu(causal_conv(*inputs, reverse)), u, self.weight, self.bias,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        return recomputed(lambda *inputs: F.silu(causal_conv(*inputs, reverse)), u, self.weight, self.bias)
 
 
 class MambaBlock(nn.Module):
@@ -703,7 +706,7 @@ class MambaBlock(nn.Module):
         u, z = W_in x        y = SSM(silu(conv(u))) + the same on reversed frames        out = W_out (y * silu(z))
 
     Input projection, gate and output projection are shared by both ways. With an S6 core it is the layer of the final
-    paper, [1] v4. Needs: CausalConv.
+    paper, [1] v4. Needs: CausalConv, recomputed.
     """
 
     def __init__(self, core, d, bidirectional=True, expand=2):
@@ -720,9 +723,7 @@ class MambaBlock(nn.Module):
         y = self.ahead(self.ahead_conv(u))
         if self.back is not None:
             y = y + self.back(self.back_conv(u, reverse=True), reverse=True)
-        gate = lambda y, z: y * F.silu(z)  # soon computed again: silu(z) is not kept
-        y = torch.utils.checkpoint.checkpoint(gate, y, z, use_reentrant=False, preserve_rng_state=False)
-        return self.out_proj(y)
+        return self.out_proj(recomputed(lambda y, z: y * F.silu(z), y, z))
 
 
 TEMPORAL_LAYERS = ("attention", "linear-attention", "bi-mamba", "bi-s4d", "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated",
@@ -820,7 +821,8 @@ class FrameUpsample(nn.ConvTranspose2d):
 class ResBlock(nn.Module):
     """Two convolutions with a shortcut; the diffusion step scales and shifts.    x (b, c, f, h, w) -> (b, c', f, h, w)
 
-    GroupNorm has 8 groups and takes its statistics over all frames of a clip. emb (b, d_emb). Needs: FrameConv.
+    GroupNorm has 8 groups and takes its statistics over all frames of a clip. emb (b, d_emb).
+    Needs: FrameConv, recomputed.
     """
 
     def __init__(self, c, c_out, d_emb=None):
@@ -830,12 +832,17 @@ class ResBlock(nn.Module):
         self.conv2, self.norm2 = FrameConv(c_out, c_out, 3, padding=1), nn.GroupNorm(8, c_out)
         self.shortcut = nn.Identity() if c == c_out else FrameConv(c, c_out, 1)
 
+    @staticmethod
+    def activation(y, weight, bias, scale=None, shift=None):
+        y = F.group_norm(y, 8, weight, bias)
+        return F.silu(y if scale is None else y * (scale + 1) + shift)
+
     def forward(self, x, emb=None):
-        y = self.norm1(self.conv1(x))
+        scale_shift = ()
         if emb is not None:
-            scale, shift = rearrange(self.to_scale_shift(F.silu(emb)), "b (two c) -> two b c 1 1 1", two=2)
-            y = y * (scale + 1) + shift
-        y = F.silu(self.norm2(self.conv2(F.silu(y))))
+            scale_shift = rearrange(self.to_scale_shift(F.silu(emb)), "b (two c) -> two b c 1 1 1", two=2)
+        y = recomputed(self.activation, self.conv1(x), self.norm1.weight, self.norm1.bias, *scale_shift)
+        y = recomputed(self.activation, self.conv2(y), self.norm2.weight, self.norm2.bias)
         return y + self.shortcut(x)
 
 
