@@ -6,6 +6,7 @@
     python tests/bench.py s4d                          S4D both ways, against two FFT convolutions between flips
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
     python tests/bench.py unet --with amp compile recompute    a training step, and what each option gives
+    python tests/bench.py unet --official CLONE        beside the official attention models, from a clone of their code
     python tests/bench.py memory                       memory of large training steps, counted without taking them
     python tests/bench.py dim                          a block of DiM and a transformer's, by the number of tokens
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
@@ -19,10 +20,11 @@ median (min-max); a ratio is the median of the ratios turn by turn, below 1 if t
 
 Memory. Bytes above what there is when inputs and weights exist: outputs and gradients count. `kept` is what is there
 between forward and backward, the output included. On CUDA the allocator knows (max_memory_allocated). On a CPU each
-variant runs in a fresh process: after one call ahead, writing 5 to /proc/self/clear_refs resets the peak of the
-resident set, and the next call is watched through VmRSS and VmHWM of /proc/self/status; malloc gives blocks of 16 KiB
-and more back when they are freed, so that old garbage hides nothing. Without /proc (macOS) it is the growth of
-ru_maxrss over the first call, compilation included. E is the tensor a scan should not hold, (b, l, d, n) in float32.
+variant runs in a fresh process, and is left out if it fails there: after one call ahead, writing 5 to
+/proc/self/clear_refs resets the peak of the resident set, and the next call is watched through VmRSS and VmHWM of
+/proc/self/status; malloc gives blocks of 16 KiB and more back when they are freed, so that old garbage hides nothing.
+Without /proc (macOS) it is the growth of ru_maxrss over the first call, compilation included. E is the tensor a scan
+should not hold, (b, l, d, n) in float32.
 """
 
 import argparse
@@ -43,9 +45,9 @@ import tempfile
 import time
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Callable, NamedTuple
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
@@ -204,16 +206,33 @@ def layer_work(variant, frames, device, pixels=32, d=64):
     return Work(lambda: layer(x), lambda y: torch.autograd.grad(y, leaves, torch.ones_like(y)))
 
 
-def make_unet(temporal, **options):
-    model = UNet3D(temporal=temporal.removesuffix("-explicit"), **options)
+def official_unet(clone, temporal, dim, heads):
+    """The network of [1]'s own code, of which a clone is at hand; it wants einops-exts and rotary-embedding-torch."""
+    package = "video_diffusion_pytorch"
+    absent = ["wandb", "torchvision", "torchvision.datasets", "mamba_ssm", "mamba_ssm.ops",
+              "mamba_ssm.ops.selective_scan_interface", "causal_conv1d",
+              *(f"{package}.{part}" for part in ("text", "long_video_datasets", "t2v_datasets"))]  # fmt: skip
+    parent = ModuleType(package)  # instead of its __init__, which imports everything
+    parent.__path__ = [str(Path(clone, package))]
+    with patch.dict(sys.modules, {package: parent} | {name: MagicMock() for name in absent}):
+        module = importlib.import_module(f"{package}.wip_video_diffusion_pytorch")
+    arch = {"attention": "attn", "linear-attention": "l-attn"}[temporal]
+    return module.Unet3D(dim, attn_heads=heads, temporal_arch=arch)
+
+
+def make_unet(temporal, clone=None, dim=32, heads=4, recompute=False):
+    """UNet3D, or what it is compared with: "attention-explicit", "official attention", "official linear-attention"."""
+    if temporal.startswith("official "):
+        return official_unet(clone, temporal.removeprefix("official "), dim, heads)
+    model = UNet3D(dim, heads=heads, temporal=temporal.removesuffix("-explicit"), recompute=recompute)
     return make_explicit(model) if temporal.endswith("-explicit") else model
 
 
-def unet_work(variant, frames, device, size=32):
+def unet_work(variant, frames, device, size=32, clone=None):
     """A training step; variant is a temporal layer and options, "bi-mamba + amp"."""
     torch.manual_seed(0)
     temporal, *options = variant.split(" + ")
-    model = make_unet(temporal, dim=32, heads=4, recompute="recompute" in options).to(device)
+    model = make_unet(temporal, clone, recompute="recompute" in options).to(device)
     diffusion = GaussianDiffusion(torch.compile(model) if "compile" in options else model).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     x = torch.rand(1, 3, frames, size, size, device=device) * 2 - 1
@@ -244,6 +263,11 @@ def dim_work(variant, frames, device, size=32, patch=2, d=384, heads=6):
 
 
 MAKERS = {"scan": scan_work, "s4d": s4d_work, "layers": layer_work, "unet": unet_work, "dim": dim_work}
+
+
+def make_work(case, args):
+    """What a case describes; its result may be in it already.    dict -> Work"""
+    return MAKERS[args.what](**{k: v for k, v in case.items() if k not in ("times", "memory")}, device=args.device)
 
 
 # -----------------------------------------------------------------------------
@@ -316,28 +340,30 @@ def memory(work, device):
 
 
 def memory_of(case, args):
-    """`memory` of one case: here on CUDA, else in a process of its own. {} if it fails there."""
+    """`memory` of one case: here on CUDA, else in a process of its own. {} if there is too little."""
     if args.device.startswith("cuda"):
-        return memory(MAKERS[args.what](**case, device=args.device), args.device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return memory(make_work(case, args), args.device)
+        return {}
     command = [sys.executable, __file__, args.what, "--device", args.device, "--one-case", json.dumps(case)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
     done = subprocess.run(command + ["--threads", str(torch.get_num_threads())], env=environment, capture_output=True)
     if done.returncode:
-        print(f"no memory of {case}: {done.stderr.decode()[-300:]}", file=sys.stderr)
+        print(f"left out, {case}: exit {done.returncode}, {done.stderr.decode()[-300:]}", file=sys.stderr)
         return {}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(cases, args, passes=("both",), with_memory=True):
-    """Time and memory of cases that take turns.    list of dict -> list of dict, "times" and "memory" added"""
+    """Memory and time of cases that take turns.    list of dict -> list of dict, "times" and "memory" added"""
     print(f"{args.what}: {len(cases)} x {cases[0]}", file=sys.stderr)
-    works = {i: MAKERS[args.what](**case, device=args.device) for i, case in enumerate(cases)}
+    if with_memory and not args.no_memory:
+        cases = [case | {"memory": found} for case in cases if (found := memory_of(case, args))]
+    works = {i: make_work(case, args) for i, case in enumerate(cases)}
     times = take_turns(works, args, passes)
     del works
     scan_inputs.cache_clear()
-    with_memory = with_memory and not args.no_memory
-    return [case | {"times": times[i], "memory": memory_of(case, args) if with_memory else {}}
-            for i, case in enumerate(cases) if i in times]  # fmt: skip
+    return [{"memory": {}} | case | {"times": times[i]} for i, case in enumerate(cases) if i in times]
 
 
 # -----------------------------------------------------------------------------
@@ -450,9 +476,10 @@ def bench_unet(args):
     """Training steps with Adam. The peak is what a run needs: weights, gradients and Adam's averages count."""
     names = args.names or ["attention-explicit", "attention", "linear-attention", "bi-s4d", "bi-mamba"]
     names = [name + option for name in names for option in ("", *(f" + {o}" for o in args.options))]
+    names = (["official attention", "official linear-attention"] if args.official else []) + names
     sizes = {"size": 8 if args.quick else 32}
     print("UNet3D, dim 32, 4 heads, {size}x{size} pixels, batch 1, a training step".format(**sizes))
-    return by_frames(args, names, [4, 8] if args.quick else [16, 64], sizes)
+    return by_frames(args, names, [4, 8] if args.quick else [16, 64, 256], sizes | {"clone": args.official})
 
 
 def bench_dim(args):
@@ -469,7 +496,7 @@ def by_frames(args, names, frames, sizes):
     groups, frames = {}, args.frames or frames
     for f in frames:
         found = measure([{"variant": name, "frames": f, **sizes} for name in names], args)
-        first = found[0] if found[0]["variant"] == names[0] else None  # it may be out of memory
+        first = next((record for record in found if record["variant"] == names[0]), None)  # it may be out of memory
         for record in found:
             record["ratio"] = ratio(record, first) if first else None
         groups[f] = {record["variant"]: record for record in found}
@@ -590,6 +617,7 @@ def parser():
     parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim: numbers of frames")
     parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile", "recompute"),
                         metavar="OPTION", help="unet: also with each of amp, compile, recompute")  # fmt: skip
+    parser.add_argument("--official", metavar="CLONE", help="unet: a clone of the official code; its attention models too")
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")
     parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     return parser
@@ -602,7 +630,7 @@ def main(args):
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)  # whose memory is watched
     if args.one_case:
-        return print(json.dumps(memory(MAKERS[args.what](**args.one_case, device=args.device), args.device)))
+        return print(json.dumps(memory(make_work(args.one_case, args), args.device)))
     facts = machine(args)
     print(", ".join(f"{key} {value}" for key, value in facts.items()) + "\n", flush=True)
     records = BENCHMARKS[args.what](args)
