@@ -1175,6 +1175,8 @@ def sample(args):
     """Draw videos from a checkpoint, without its data."""
     checkpoint = load_checkpoint(args.run)
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if checkpoint["args"]["latents"] and "fps" in given:
+        raise BadInput("--fps is of GIFs, and latents are not drawn: leave it out")
     args = argparse.Namespace(**checkpoint["args"] | {"eval_every": 0, "compile": False, "out": None} | given)
     args.amp &= computes_bfloat16(args.device)
     args.label = None if args.label is None else class_number(args.label, args.classes)
@@ -1280,7 +1282,7 @@ DRAWING = (
     ("--sample-steps", COUNT, 50, "denoising steps per sample"),
     ("--eta", SHARE, 0.0, "noise in ddim: 0 DDIM, 1 DDPM"),
     ("--guidance", within(float, -100, 100), 1.0, "weight of the class: 0 ignores it, more than 1 exaggerates it"),
-    ("--fps", within(float, 0.1, 100), 8.0, "frames per second of the GIFs"),
+    ("--fps", within(float, 0.1, 100), (8.0, 8.0), "frames per second of the GIFs"),
 )
 DEVICE = ("--device", str, BEST_DEVICE, "cuda, cuda:1, mps or cpu: the best there is")
 TRAINING = {
@@ -1409,8 +1411,9 @@ def complete(args):
     given = lambda *flags: [flag for flag in flags if getattr(args, dest(flag)) is not None]
     if args.data == "maze" and (args.split or args.latents or not args.antialias):
         raise BadInput("--split, --latents and --no-antialias are for --data FOLDER, not for the maze: leave them out")
-    if args.latents and (args.size or args.eval_every or not args.antialias):
-        raise BadInput("--latents are neither resized nor scored: leave out --size, --no-antialias and --eval-every")
+    if args.latents and (args.size or args.eval_every or args.fps or not args.antialias):
+        raise BadInput("--latents are not resized, scored or drawn: leave out --size, --no-antialias, --eval-every "
+                       "and --fps")  # fmt: skip
     for flag in given(*NEEDS):
         if not getattr(args, dest(NEEDS[flag])):
             raise BadInput(f"{flag} has no effect without {NEEDS[flag]}: give both or neither")
@@ -1420,6 +1423,8 @@ def complete(args):
         raise BadInput(f"{', '.join(alien)} of --backbone {other}: leave it out, this is --backbone {args.backbone}")
     if args.out and Path(args.out, "log.jsonl").exists():
         raise BadInput(f"--out {args.out} holds a run: go on with --resume {shlex.quote(args.out)}, or choose another")
+    if args.dim_size and args.depth and args.width:
+        raise BadInput(f"--dim-size {args.dim_size} has no effect beside --depth and --width: leave it out")
     if args.dim_size:
         args.depth = args.depth or DIM_SIZES[args.dim_size]["depth"]
         args.width = args.width or DIM_SIZES[args.dim_size]["d"]

@@ -54,6 +54,7 @@ import torch
 from einops import rearrange
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -569,18 +570,19 @@ def bench_fvd(args):
 
 
 def counted(temporal, dim, size, batch, frames, recompute):
-    """Bytes of a training step in float32, from the sizes of its tensors; nothing is computed.    -> dict"""
+    """Bytes and floating-point operations of a training step in float32, without taking it.    -> dict"""
     blocks, gpu = vdm_ssm.SelectiveScan.blocks, torch.device("cuda")
     of_a_gpu = staticmethod(lambda ctx, u, n: blocks(ctx, SimpleNamespace(shape=u.shape, device=gpu), n))
     with FakeTensorMode(), patch.object(vdm_ssm.SelectiveScan, "blocks", of_a_gpu):
         model = UNet3D(dim=dim, heads=dim // 8, temporal=temporal, recompute=recompute)
         x, t = torch.randn(batch, 3, frames, size, size), torch.zeros(batch, dtype=torch.long)
-        with vdm_ssm.PeakMemory() as memory:
+        with FlopCounterMode(display=False) as work, vdm_ssm.PeakMemory() as memory:
             loss = GaussianDiffusion(model).losses(x, t, x).mean()
             kept = memory.now
             loss.backward()
     weights = sum(p.nbytes for p in model.parameters())
-    return {"weights": weights, "kept": kept, "peak": memory.peak + 4 * weights}  # Adam's averages and the EMA
+    peak = memory.peak + 4 * weights  # Adam's averages and the EMA
+    return {"weights": weights, "kept": kept, "peak": peak, "flop": work.get_total_flops()}
 
 
 def bench_memory(args):
@@ -591,10 +593,12 @@ def bench_memory(args):
         record = dict(zip(("temporal", "dim", "size", "batch", "frames"), case), recompute=recompute)
         records.append(record | counted(**record))
         gib = [number(records[-1][key] / 2**30) for key in ("weights", "kept", "peak")]
-        rows.append([case[0] + recompute * " + recompute", *map(str, case[1:]), *gib])
+        tflop = number(records[-1]["flop"] / 1e12)
+        rows.append([case[0] + recompute * " + recompute", *map(str, case[1:]), *gib, tflop])
         print(*rows[-1], file=sys.stderr)
-    print("A training step of UNet3D as a GPU takes it, counted: workspaces and fragmentation come on top. GiB\n")
-    table(["unet", "dim", "pixels", "batch", "frames", "weights", "kept for backward", "peak"], rows)
+    print("A training step of UNet3D as a GPU takes it, counted. Memory in GiB: workspaces and fragmentation come on top.")
+    print("TFLOP: 10^12 floating-point operations of convolutions and matrix products\n")
+    table(["unet", "dim", "pixels", "batch", "frames", "weights", "kept for backward", "peak", "TFLOP"], rows)
     return records
 
 

@@ -163,6 +163,7 @@ def test_contradictory_choices_are_named():
     assert "--dim, --heads" in refuses("--backbone", "dim", "--dim", 32, "--heads", 2)
     assert "--temporal" in refuses("--backbone", "dim", "--temporal", "mamba")
     assert "--dim-size, --patch" in refuses("--dim-size", "S", "--patch", 2)
+    assert "no effect" in refuses("--backbone", "dim", "--dim-size", "S", "--width", 32, "--depth", 2)
     assert "multiple of 8" in refuses("--backbone", "dim", "--width", 20)
     assert "--patch 3" in refuses("--backbone", "dim", "--patch", 3, "--size", 16)
     assert "give --eta 0" in refuses("--sampler", "dpm", "--eta", 1)
@@ -183,6 +184,7 @@ def test_latents_have_any_number_of_channels_in_dim(tmp_path):
     run(*COMMON[2:], *NETWORKS["dim"], "--frames", 3, "--data", "latents", "--latents", "--steps", 1, "--out", "run")
     run("sample", "run", "--videos", 2, "--sampler", "dpm", "--device", "cpu", "--out", "drawn")
     assert samples("drawn").shape == (2, 3, 8, 8, 5) and samples("drawn").dtype == np.float32
+    assert "not drawn" in refuses("sample", "run", "--fps", 4, "--device", "cpu")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
