@@ -40,6 +40,7 @@ import shlex
 import signal
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -472,9 +473,15 @@ def open_latents(source):
 
 
 def latent_shape(path):
-    """Size and channels of the latents at or below a path, by its first file. Raises BadInput."""
+    """Size and channels of the latents at or below a path, by the first that can be read. Raises BadInput."""
+
+    def readable(source):
+        with contextlib.suppress(UnreadableVideo):
+            return open_latents(source) is not None
+
     try:
-        return open_latents(find_videos(path)[0]).shape[2:]
+        sources = find_videos(path)
+        return open_latents(next(filter(readable, sources), sources[0])).shape[2:]
     except UnreadableVideo as error:
         raise BadInput(f"--data {error}") from error
 
@@ -526,7 +533,7 @@ class FolderVideos(Dataset):
         descriptions = self.cache.build(workers)
         self.skipped = [skipped for description in descriptions for skipped in description["skipped"]]
         self.fingerprint = digest(size, antialias, [[os.path.relpath(s, path), state(s)] for s in sources])
-        self.classes = tuple(sorted({source.parent.name for source in splits["all"]}))
+        self.classes = tuple(sorted({source.parent.name for source in sources}))
         videos = self.usable([description["videos"] for description in descriptions])
         if len(videos) <= held_out:
             raise BadInput(f"--eval-videos {held_out} leaves none of the {len(videos)} usable videos for training")
@@ -639,6 +646,9 @@ def plot(args):
     pyplot.switch_backend("agg")  # no window
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     logs = [read_log(run) for run in args.runs]
+    for run, log in zip(args.runs, logs):
+        if not any("loss" in line for line in log):
+            raise BadInput(f"{run} has logged no step yet: wait for it, or leave it out")
     scores = [name for name in ("FVD", "FD-random") if any(name in line for log in logs for line in log)]
     titles = "loss", "loss by noise level", "norm of the gradient", " and ".join(scores) or "videos per second"
     for axis, title in zip(axes.flat, titles):
@@ -713,6 +723,12 @@ def numbered(base):
     return (base if i == 1 else base.with_name(f"{base.name}-{i}") for i in itertools.count(1))
 
 
+def check_out(out, data):
+    """Raise BadInput if what is written to a folder would become data."""
+    if data != "maze" and Path(data) in Path(out, "inside").resolve().parents:
+        raise BadInput(f"--out {out} lies in --data, and its samples would become data: choose another folder")
+
+
 def claim(args):
     """Make the run's folder and in it the log, which marks it as taken: no two runs share one.    -> Path"""
     for out in numbered(out_folder(args)):
@@ -736,6 +752,9 @@ def load_checkpoint(run):
     if not path.is_file():
         raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
+            if damaged := file.testzip():
+                raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         keys = "args", "step", "per_step", "data", "torch", "model", "ema", "optimizer"
         return {key: checkpoint[key] for key in keys}
@@ -760,13 +779,14 @@ def rewind(out, step):
 
     Later checkpoints are set aside as .old; later samples, lines of the log and half-written files are removed.
     """
+    (out / "samples").mkdir(exist_ok=True)
     for path in checkpoints(out):
         if step_in(path) > step:
             path.rename(path.with_suffix(".old"))
     for path in [*out.glob("samples/*"), *out.glob("*.part")]:
         if step_in(path) > step or path.suffix == ".part":
             path.unlink()
-    kept = [line for line in read_log(out) if line["step"] <= step]
+    kept = [line for line in read_log(out) if line["step"] <= step] if (out / "log.jsonl").exists() else []
     text = "".join(json.dumps(line) + "\n" for line in kept)
     write_whole(out / "log.jsonl", lambda temporary: temporary.write_text(text))
     return {line["step"] for line in kept if "loss" not in line}
@@ -921,6 +941,12 @@ def stop_on_signal():
     return stop
 
 
+def ignore_signals(worker):
+    """Let a loader's process live through what a terminal or torchrun sends to all: the run ends it after its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train(args, checkpoint=None):
     """The training loop, from the start or from a checkpoint."""
     run = Run(args, checkpoint)
@@ -1032,10 +1058,11 @@ class Run:
         """
         args, ranks, gpu = self.args, self.ranks, self.ranks.device.type == "cuda"
         begin, end = self.step * self.per_step, args.steps * self.per_step
-        mine = [range(i, i + args.batch) for i in range(begin + ranks.rank * args.batch, end, ranks.size * args.batch)]
+        firsts = range(begin + ranks.rank * args.batch, end, ranks.size * args.batch)
+        mine = lambda: (range(i, i + args.batch) for i in firsts)
         workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else CORES
-        return zip(mine, DataLoader(self.data, batch_sampler=mine, num_workers=workers, pin_memory=gpu,
-                                    generator=torch.Generator()))  # fmt: skip
+        return zip(mine(), DataLoader(self.data, batch_sampler=mine(), num_workers=workers, pin_memory=gpu,
+                                      generator=torch.Generator(), worker_init_fn=ignore_signals))  # fmt: skip
 
     def rate(self, step):
         """Learning rate of a step, counted from 1."""
@@ -1057,9 +1084,10 @@ class Run:
         for k, norm in enumerate(torch.stack(self.norms).tolist()):
             mean, step = loss[k].mean().item(), self.step - n + 1 + k
             if not (math.isfinite(mean) and math.isfinite(norm)):
-                go_on = "go on with --no-amp, or " if self.args.amp else ""
-                raise BadInput(f"step {step} had loss {mean} and gradient norm {norm}, and was not saved: {go_on}try a "
-                               "lower --lr, a lower --clip or a longer --warmup in a new run")  # fmt: skip
+                amp = "--no-amp, " if self.args.amp else ""
+                clip = "a lower --clip" if self.args.clip else "a --clip"
+                raise BadInput(f"step {step} had loss {mean} and gradient norm {norm}, and was not saved: try {amp}a "
+                               f"lower --lr, {clip} or a longer --warmup in a new run")  # fmt: skip
             parts = [loss[k][levels[k] == i] for i in range(4)]
             by_noise = [part.mean().item() if len(part) else None for part in parts]
             self.write(step=step, loss=mean, loss_by_noise=by_noise, grad_norm=norm, lr=self.rate(step),
@@ -1108,7 +1136,8 @@ class Run:
         self.bar.close()
         args, quoted, samples = self.args, shlex.quote(str(self.out)), f"{self.out}/samples/step-{self.step:06d}"
         if self.step < args.steps:
-            return print(f"stopped after step {self.step}; go on with: python train.py --resume {quoted}")
+            python = f"torchrun --nproc_per_node {self.ranks.size}" if self.ranks.size > 1 else "python"
+            return print(f"stopped after step {self.step}; go on with: {python} train.py --resume {quoted}")
         print(f"\nwrote {checkpoints(self.out)[0]}")
         print(f"      {self.out}/log.jsonl    (draw it: python train.py plot {quoted})")
         if args.latents:
@@ -1130,6 +1159,8 @@ class Score:
         except ValueError as error:
             raise BadInput(f"--i3d {error}") from error
         data = ranks.main_first(lambda: make_data(args, test=True))
+        if args.data != "maze" and len(data.videos) < args.eval_videos:
+            raise BadInput(f"--eval-videos {args.eval_videos} are more than the {len(data.videos)} held-out videos")
         self.real = self.features(lambda items: (to_numpy(data[i][0][None])[0] for i in items))
 
     def features(self, videos):
@@ -1181,6 +1212,7 @@ def sample(args):
     args.amp &= computes_bfloat16(args.device)
     args.label = None if args.label is None else class_number(args.label, args.classes)
     check(args)
+    check_out(args.out or run_folder(args.run), args.data)
     if args.out and Path(args.out, "videos.npz").exists():
         raise BadInput(f"--out {args.out} holds samples already: choose another folder")
     ranks, model = Ranks(args.device), AveragedModel(make_model(args))
@@ -1232,7 +1264,10 @@ def computes_bfloat16(device):
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one sentence, by BadInput."""
+    """Complains in one sentence, by BadInput. Options are written in full."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise BadInput(f"{message}; python {self.prog} --help lists all options")
@@ -1271,7 +1306,7 @@ UNET = (
     ("--heads", COUNT, (8, 4), "attention heads"),
 )
 DIM = (
-    ("--dim-size", dict(choices=DIM_SIZES), None, f"depth x width of DiT: {SIZES}"),
+    ("--dim-size", dict(choices=DIM_SIZES), None, f"depth x width of DiT: {SIZES} (default: those below)"),
     ("--depth", COUNT, (12, 6), "blocks, if not those of --dim-size"),
     ("--width", COUNT, (384, 192), "numbers per token, a multiple of 8, if not those of --dim-size"),
     ("--patch", COUNT, (2, 4), "side of a token in pixels"),
@@ -1292,12 +1327,13 @@ TRAINING = {
          "test/, or lists as CARLA and UCF101 (default train; the papers train on all); others are taken whole"),
         ("--antialias", ON_OFF, True, "in reducing videos to --size (default yes; the papers: no)"),
         ("--latents", ON, False, "files in --data are float arrays (frames, size, size, channels) of any values, "
-         "such as a VAE's latents, which are trained on as they are"),
+         "such as a VAE's latents, which are trained on as they are (default off)"),
         ("--size", COUNT, (32, 16), "height and width in pixels"),
         ("--frames", COUNT, (16, 8), "frames per video"),
         ("--workers", within(int, 0, 1024), None, "processes that decode files (default: up to 8) and load batches "
          "(default: none on a CPU, else up to 8)"),
-        ("--class-cond", ON, False, "tell the network each video's class: its folder, or the maze's style of walls"),
+        ("--class-cond", ON, False, "tell the network each video's class: its folder, or the maze's style of walls "
+         "(default off)"),
         ("--cond-drop", SHARE, (0.1, 0.1), "share of videos whose class is hidden in training, for --guidance"),
     ),
     "model": (
@@ -1326,15 +1362,15 @@ TRAINING = {
     "run": (
         ("--out", str, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
         ("--resume", dict(metavar="RUN"), None, "go on with the run in this folder, or from a checkpoint in it, with "
-         "its arguments; only steps, samples, data's place, speed and memory may change, and batch, grad-accum and "
-         "processes if their product stays"),
-        ("--save-every", COUNT, None, "steps from checkpoint to checkpoint; each sample and score has one in any case"),
+         "its arguments, but on the best device; only steps, samples, data's place, speed and memory may change, and "
+         "batch, grad-accum and processes if their product stays"),
+        ("--save-every", COUNT, None, "steps from checkpoint to checkpoint (default: only with samples and scores)"),
         ("--keep", COUNT, 2, "checkpoints kept, the newest ones"),
         ("--sample-every", COUNT, (2000, 500), "steps from sample to sample"),
         ("--sample-videos", COUNT, 8, "videos drawn each time"),
         ("--eval-every", COUNT_OR_0, 0, "steps from score to score, 0 for no scores"),
-        ("--eval-videos", COUNT, (64, 64), "samples and held-out videos of a score; few score high, compare "
-         "equal numbers only"),
+        ("--eval-videos", within(int, 2, 10**9), (64, 64), "samples and held-out videos of a score; few score high, "
+         "compare equal numbers only"),
         ("--i3d", dict(metavar="FILE"), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
         *DRAWING,
     ),
@@ -1417,12 +1453,15 @@ def complete(args):
     for flag in given(*NEEDS):
         if not getattr(args, dest(NEEDS[flag])):
             raise BadInput(f"{flag} has no effect without {NEEDS[flag]}: give both or neither")
-    args.data = absolute(args.data)
+    args.data, args.i3d = absolute(args.data), args.i3d and absolute(args.i3d)
     other = "dim" if args.backbone == "unet" else "unet"
     if alien := given(*(flag for flag, *_ in BACKBONES[other])):
-        raise BadInput(f"{', '.join(alien)} of --backbone {other}: leave it out, this is --backbone {args.backbone}")
+        raise BadInput(f"{', '.join(alien)} of --backbone {other}: leave it out, or give --backbone {other}")
     if args.out and Path(args.out, "log.jsonl").exists():
-        raise BadInput(f"--out {args.out} holds a run: go on with --resume {shlex.quote(args.out)}, or choose another")
+        go_on = f"go on with --resume {shlex.quote(args.out)}"
+        mend = go_on if checkpoints(args.out) else "it saved nothing, remove it"
+        raise BadInput(f"--out {args.out} holds a run: {mend}, or choose another")
+    check_out(out_folder(args), args.data)
     if args.dim_size and args.depth and args.width:
         raise BadInput(f"--dim-size {args.dim_size} has no effect beside --depth and --width: leave it out")
     if args.dim_size:
@@ -1443,7 +1482,7 @@ def complete(args):
 # What a resumed run may change; anything else would make it another run.
 FREE = {"data", "steps", "batch", "grad_accum", "workers", "device", "amp", "compile", "recompute", "out", "resume",
         "save_every", "keep", "sample_every", "sample_videos", "sampler", "sample_steps", "eta",
-        "guidance", "fps"}  # fmt: skip
+        "guidance", "fps", "i3d"}  # fmt: skip
 
 
 def resumed(parser, argv, given):
@@ -1457,7 +1496,7 @@ def resumed(parser, argv, given):
     saved = checkpoint["args"] | {"device": BEST_DEVICE, "out": str(run)}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.data = absolute(args.data)
+    args.data, args.i3d = absolute(args.data), args.i3d and absolute(args.i3d)
     changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
     if changed:
         were = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
@@ -1480,14 +1519,14 @@ def check(args):
             torch.compile(torch.sin)(torch.zeros(1, device=args.device))
         except Exception as error:  # of Triton or a C++ compiler
             raise BadInput(f"--compile fails here, leave it out: {str(error).strip().splitlines()[0]}") from error
-    if args.data != "maze" and args.out and Path(args.data) in Path(args.out, "inside").resolve().parents:
-        raise BadInput(f"--out {args.out} lies in --data, and its samples would become data: choose another folder")
     if args.eval_every and args.frames < 9:
         raise BadInput(f"--eval-every needs --frames 9 or more, the least that I3D takes, not {args.frames}")
     if args.sampler == "dpm" and args.eta:
         raise BadInput(f"--sampler dpm adds no noise, --eta {args.eta} does: give --eta 0, or --sampler ddim")
     if args.guidance != 1 and not args.class_cond:
         raise BadInput(f"--guidance {args.guidance} needs a model that knows classes: train one with --class-cond")
+    if args.guidance != 1 and not args.cond_drop:
+        raise BadInput(f"--guidance {args.guidance} needs a model that knows no class, too: train with --cond-drop 0.1")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
         raise BadInput(f"--sample-steps {args.sample_steps} must be 1 to --diffusion-steps, {args.diffusion_steps}")
     try:
@@ -1525,9 +1564,9 @@ if __name__ == "__main__":
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is intact"
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        message = "not enough memory: lower --batch, --dim, --size or --frames"
+        message = "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell expects of Ctrl-C
     else:

@@ -588,8 +588,11 @@ class LinearAttention(nn.Module):
         q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        context = k.softmax(dim=-2).mT @ v * self.scale  # (..., heads, d, d)
-        y = q.softmax(dim=-1) @ context  # (..., heads, l, d)
+        q, k = q.softmax(dim=-1), k.softmax(dim=-2)
+        if x.shape[-2] > v.shape[-1]:
+            y = q @ (k.mT @ v * self.scale)  # by way of (..., heads, d, d)
+        else:
+            y = (q @ k.mT * self.scale) @ v  # the same, by way of (..., heads, l, l): less for short sequences
         return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
 
 
@@ -1105,8 +1108,8 @@ class GaussianDiffusion(nn.Module):
 # Mamba blocks that run both ways. The cost is linear in the number of tokens, of an image (f = 1) as of a video.
 #
 # [15] leaves open how the step and the condition enter, and its sizes. Here they enter as in DiT [16], by adaLN-zero:
-# they scale and shift what a block sees, and gate what it adds, with gates that are closed at first. DIM_SIZES are
-# those of DiT: an assumption.
+# they scale and shift what a block sees, and gate what it adds, with gates that are closed at first (the last norm,
+# which they scale and shift in DiT as well, is plain). DIM_SIZES are those of DiT: an assumption.
 
 DIM_SIZES = {
     "S": dict(depth=12, d=384), "B": dict(depth=12, d=768), "L": dict(depth=24, d=1024), "XL": dict(depth=28, d=1152),

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -74,21 +75,18 @@ def test_recomputing_and_bfloat16_change_nothing_but_the_rounding(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_two_processes_train_and_sample_classes_as_one_does(name):
-    common = [*COMMON, *NETWORKS[name], *CLASSES, "--frames", 3, "--steps", 3, "--sample-every", 3]
+def test_two_processes_train_sample_and_score_classes_as_one_does(name):
+    common = [*COMMON, *NETWORKS[name], *CLASSES, "--frames", 9, "--steps", 2, "--sampler", "dpm", "--eval-every", 2,
+              "--eval-videos", 3]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, ROOT / "train.py", *common, "--out", "two"]
-    done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run(*common, "--batch", 4, "--out", "one")
     assert np.allclose(losses("two"), losses("one"), rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_samples_with_classes_are_scored(name, tmp_path):
-    run(*COMMON, *NETWORKS[name], "--frames", 9, "--class-cond", "--steps", 1, "--eval-every", 1, "--eval-videos", 2,
-        "--out", "run")  # fmt: skip
-    assert any("FD-random" in line for line in log("run"))
+    scores = [line["FD-random"] for out in ("one", "two") for line in log(out) if "FD-random" in line]
+    assert len(scores) == 2 and np.allclose(*scores, rtol=1e-2)
 
 
 def test_classes_are_drawn_in_turn_or_one_alone_and_guided(capsys):
@@ -133,6 +131,9 @@ def test_folders_are_classes_and_no_class_is_taken_for_another(tmp_path):
         (tmp_path / "videos" / kind / "0.npy").rename(tmp_path / "videos" / "walk" / f"{kind}.npy")
     assert "two classes or more" in refuses(*COMMON, "--frames", 3, "--data", "videos", "--class-cond", "--out", "one")
     assert not pathlib.Path("one").exists()
+    for part in ("train", "test"):  # which are no classes
+        shutil.copytree(tmp_path / "videos" / "walk", tmp_path / "split" / part)
+    assert "all are in train" in refuses(*COMMON, "--frames", 3, "--data", "split", "--class-cond")
 
 
 def test_samplers_agree_on_where_many_steps_lead_and_differ_in_few():

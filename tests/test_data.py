@@ -403,6 +403,9 @@ def test_samples_are_compared_with_the_test_split_only_if_it_is_not_trained_on(t
         return only(train.make_data(args)), only(train.make_data(args, test=True))
 
     assert both() == ([10, 11, 12], [20, 21])
+    args = train.complete(train.training_parser().parse_args([*arguments[:-1], "3"]))
+    with pytest.raises(train.BadInput, match="3 are more than the 2 held-out videos"):
+        train.Score(args, train.Ranks("cpu"))
     kept, held = both("--split", "all")
     assert len(held) == 2 and sorted(kept + held) == [10, 11, 12, 20, 21]
 
@@ -494,6 +497,8 @@ def test_arrays_that_are_no_latents_are_named_with_the_reason(tmp_path):
     (folder / "9text.npy").write_text("text")
     data = videos_of(folder, channels=4)
     assert len(data.videos) == 3
+    (folder / "0.npy").write_bytes(b"damaged")  # the first is skipped as any other
+    assert train.latent_shape(folder) == (8, 4)
     reasons = {pathlib.Path(name).name: reason for name, reason in data.skipped}
     assert "NaN" in reasons["8nan.npy"] and "NaN" in reasons["9big.npy"] and "int64" in reasons["9ints.npy"]
     assert "(5, 8, 8, 5)" in reasons["9other.npy"] and len(reasons) == 5

@@ -94,12 +94,12 @@ def test_two_processes_with_batch_two_are_one_with_batch_four(tmp_path):
 
 def test_a_signal_stops_all_processes_after_the_same_step_and_a_dead_one_ends_the_run(tmp_path):
     run = tmp_path / "run"
-    endless = [*TINY, "--batch", 1, "--steps", 10**6, "--save-every", 3, "--sample-every", 10**6]
+    endless = [*TINY, "--batch", 1, "--steps", 10**9, "--save-every", 3, "--sample-every", 10**6, "--workers", 1]
     process = torchrun(*endless, "--out", run)
     wait_for(lambda: train.checkpoints(run), process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert "go on with: python train.py --resume" in output
+    assert "go on with: torchrun --nproc_per_node 2 train.py --resume" in output
     stopped = train.load_checkpoint(run)["step"]
     assert [line["step"] for line in log(run)] == list(range(1, stopped + 1))
 

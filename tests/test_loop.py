@@ -105,7 +105,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on():
     run("run", 4, "--save-every", 2, "--sample-every", 4)
     whole = losses("run")
     newest = pathlib.Path("run/checkpoint-000004.pt")
-    newest.write_bytes(newest.read_bytes()[:1000])
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2] + b"other bytes" + content[len(content) // 2 + 11 :])
+    assert "checkpoint-000004.pt is not a checkpoint of train.py, or is damaged" in refuses("--resume", "run", "--steps", 6)
+    newest.write_bytes(content[:1000])
     message = refuses("--resume", "run", "--steps", 6)
     assert "checkpoint-000004.pt" in message and "--resume run/checkpoint-000002.pt" in message
     assert "checkpoint-000002.pt" in refuses("sample", "run", "--device", "cpu")
@@ -123,6 +126,14 @@ def test_going_back_takes_back_what_came_later_and_deletes_no_checkpoint():
     assert sorted(os.listdir("run")) == ["checkpoint-000003.pt", "checkpoint-000004.pt", "checkpoint-000006.old",
                                          "checkpoint-notes.pt", "log.jsonl", "samples"]  # fmt: skip
     assert sorted({path.stem for path in pathlib.Path("run/samples").iterdir()}) == ["step-000003", "step-000004"]
+
+
+def test_a_checkpoint_alone_goes_on():
+    run("run", 2)
+    os.mkdir("copied")
+    os.rename("run/checkpoint-000002.pt", "copied/checkpoint-000002.pt")
+    resume("copied", "--steps", 3)
+    assert [line["step"] for line in log("copied")] == [3] and os.path.exists("copied/samples/step-000003.png")
 
 
 def test_resume_may_deal_out_the_videos_of_a_step_anew():
@@ -184,6 +195,8 @@ def test_plot_draws_the_curves_of_several_runs():
     train.main(["plot", "b", "--out", "b.curves"])
     assert pathlib.Path("b.curves").read_bytes().startswith(b"\x89PNG")
     assert "folder of a run" in refuses("plot", "nowhere")
+    pathlib.Path("b/log.jsonl").write_text("")
+    assert "b has logged no step yet" in refuses("plot", "a", "b")
     assert np.allclose(train.smooth(np.array([1, np.nan, 3, 5]), 3), [1, 2, 4, 4])
 
 
@@ -230,22 +243,24 @@ def test_under_bfloat16_autocast_norms_states_and_loss_stay_in_float32(temporal,
     """A norm's output may be rounded to bfloat16 once; its sums are float32's."""
     seen = []
 
-    def check_norm(module, inputs, output):
-        x, = inputs
-        groups = (module.num_groups,) if isinstance(module, torch.nn.GroupNorm) else (module.normalized_shape,)
-        norm = torch.nn.functional.group_norm if len(x.shape) == 5 else torch.nn.functional.layer_norm
-        weight, bias = (None if p is None else p.double() for p in (module.weight, module.bias))
-        exact = norm(x.double(), *groups, weight, bias)
-        error = (output.double() - exact).abs() / exact.abs().clamp(min=1e-2)
-        seen.append(error.max() < (2**-8 if output.dtype == torch.bfloat16 else 1e-4))
+    def checked(norm):
+        def watched(x, groups, weight=None, bias=None, eps=1e-5):
+            output = norm(x, groups, weight, bias, eps)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                exact = norm(x.double(), groups, *(None if p is None else p.double() for p in (weight, bias)), eps)
+            error = (output.double() - exact).abs() / exact.abs().clamp(min=1e-2)
+            seen.append(error.max() < (2**-8 if output.dtype == torch.bfloat16 else 1e-4))
+            return output
 
+        return watched
+
+    for name in ("group_norm", "layer_norm"):
+        monkeypatch.setattr(torch.nn.functional, name, checked(getattr(torch.nn.functional, name)))
     recur = vdm_ssm.SelectiveScan.recur
     watched = lambda state, *rest: states_of.append(state.dtype) or recur(state, *rest)
     monkeypatch.setattr(vdm_ssm.SelectiveScan, "recur", staticmethod(watched))
     states_of, model = [], small(temporal)
     for module in model.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.register_forward_hook(check_norm)
         if isinstance(module, vdm_ssm.S4D):
             module.register_forward_hook(lambda module, inputs, output: states_of.append(module.kernel(5).dtype))
     found, exact = gradients(model, amp=True), gradients(small(temporal))
@@ -280,6 +295,9 @@ def test_contradictory_flags_are_named(monkeypatch):
     assert "--warmup 5 is longer" in refuses(*TINY, "--steps", 4, "--warmup", 5)
     assert "--i3d has no effect without --eval-every" in refuses(*TINY, "--i3d", "weights.pt")
     assert "--eval-videos has no effect without --eval-every" in refuses(*TINY, "--eval-videos", 8)
+    assert "--eval-videos" in refuses(*TINY, "--eval-every", 1, "--eval-videos", 1)
+    assert "train with --cond-drop" in refuses(*TINY, "--class-cond", "--cond-drop", 0, "--guidance", 2)
+    assert "unrecognized arguments: --rec" in refuses(*TINY, "--rec")
     assert "--clip" in refuses(*TINY, "--clip", -1) and "--keep" in refuses(*TINY, "--keep", 0)
     monkeypatch.setattr(torch, "zeros", lambda *_, device, zeros=torch.zeros: zeros(1))  # as if there were a GPU, an old one
     assert "give --no-amp" in refuses(*TINY, "--device", "cuda", "--amp")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -124,6 +125,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
     with pytest.raises(train.BadInput, match="no space left"):
         train.write_whole(target, disk_full)
+    state = {"weights": torch.zeros(10**5)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
+    try:
+        with pytest.raises(train.BadInput, match="what it held before is intact"):
+            train.write_whole(target, lambda path: torch.save(state, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
@@ -222,6 +231,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "log.jsonl").write_text("precious")
     assert "holds a run" in refuses(*TINY, "--steps", 1, "--out", "mine")
+    assert "saved nothing" in refuses(*TINY, "--steps", 1, "--out", "mine")
     assert (tmp_path / "mine" / "log.jsonl").read_text() == "precious"
 
 
@@ -237,6 +247,8 @@ def test_resume_notices_changed_data_and_follows_moved_data(tmp_path):
     np.save(tmp_path / "moved" / "new.npy", np.zeros((6, 8, 8, 3), np.uint8))
     assert "no longer holds the videos" in refuses("--resume", "run", "--steps", "3")
     assert "lies in --data" in refuses(*TINY, "--data", tmp_path / "moved", "--out", tmp_path / "moved" / "run")
+    os.chdir(tmp_path / "moved")
+    assert "lies in --data" in refuses(*TINY, "--data", ".")  # runs/moved would
 
 
 def test_resume_redraws_samples_that_a_kill_left_out_and_never_goes_back():
