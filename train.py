@@ -902,6 +902,16 @@ def make_model(args):
     return UNet3D(args.dim, tuple(args.dim_mults), args.heads, temporal=args.temporal, **common)
 
 
+def compile_network(model):
+    """torch.compile in place: names of weights stay. With --recompute, block by block inside their checkpoints."""
+    blocks = [block for block in model.modules() if "forward" in vars(block)]  # what `recompute` has wrapped
+    for block in blocks:
+        wrapped = block.forward
+        block.forward = partial(wrapped.func, torch.compile(wrapped.args[0], dynamic=False), **wrapped.keywords)
+    if not blocks:
+        model.compile(dynamic=False)
+
+
 def make_data(args, test=False):
     """The data set that a run's arguments describe; `test`: the videos that its samples are compared with."""
     if args.data == "maze":
@@ -1016,7 +1026,7 @@ class Run:
         self.announce()
         if args.compile:
             torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
-            self.model.compile(dynamic=False)  # in place: names of weights stay
+            compile_network(self.model)
         self.bar = tqdm(total=args.steps, initial=self.step, unit="step", smoothing=0.05, disable=not self.ranks.main)
         self.losses, self.norms, self.clock = [], [], time.time()  # since the last flush
 

@@ -287,6 +287,12 @@ def test_compiling_is_done_in_place_so_that_names_of_weights_stay(monkeypatch):
     run("run", 1, "--compile")
     resume("run", "--no-compile", "--steps", 2)
     assert compiled == [vdm_ssm.UNet3D]
+    block_by_block = lambda function, dynamic=None: dynamic is False and compiled.append(type(function.__self__)) or function
+    monkeypatch.setattr(torch, "compile", block_by_block)
+    run("both", 2, "--compile", "--recompute")
+    assert set(compiled[1:]) == {vdm_ssm.ResBlock, vdm_ssm.OverSpace, vdm_ssm.OverTime}  # inside their checkpoints
+    run("plain", 2)
+    assert np.allclose(losses("both"), losses("plain"), rtol=1e-5)
     monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
     assert "--compile fails here" in refuses(*TINY, "--compile", "--out", "other")
 
