@@ -549,10 +549,30 @@ class RelativeBias(nn.Module):
         return rearrange(self.table(self.bucket(frames - frames[:, None])), "i j heads -> heads i j")
 
 
+def in_tiles(forward):
+    """Let attention take some rows of a large x at a time.    forward of a layer, x (b, l, d) -> (b, l, d)
+
+    Queries, keys and values are many times as large as x, and fresh memory costs a CPU more than arithmetic. So where
+    they are large, a tile of rows goes through all of the layer, and again in the backward pass. Needs: recomputed.
+    """
+
+    def tiled(self, x):
+        elements = x.shape[1] * self.to_qkv.out_features  # of q, k and v, in a row
+        rows = max(1, (2**22 if x.device.type == "cpu" else 2**30) // elements)
+        if len(x) <= rows or torch.compiler.is_compiling():
+            return forward(self, x)
+        names, weights = zip(*self.named_parameters())
+        again = lambda x, *weights: torch.func.functional_call(self, dict(zip(names, weights)), x)
+        return torch.cat([recomputed(again, tile, *weights) for tile in x.split(rows)])
+
+    return tiled
+
+
 class Attention(nn.Module):
-    """Softmax attention over the rows of a sequence.    x (..., l, d) -> (..., l, d)
+    """Softmax attention over the rows of a sequence.    x (b, l, d) -> (b, l, d)
 
     rotary, bias: optional position modules over time, `RotaryEmbedding` and `RelativeBias`. Source: [4].
+    Needs: in_tiles.
     """
 
     def __init__(self, d, heads=8, head_dim=64, rotary=None, bias=None):
@@ -561,20 +581,22 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(d, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, d, bias=False)
 
+    @in_tiles
     def forward(self, x):
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (..., l, heads d) each
-        q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (b, l, heads d) each
+        q, k, v = (rearrange(y, "b l (heads d) -> b heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         bias = None if self.bias is None else self.bias(x.shape[-2])[None].to(q.dtype)  # (1, heads, l, l)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale head_dim^-0.5
-        return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
+        return self.to_out(rearrange(y, "b heads l d -> b l (heads d)"))
 
 
 class LinearAttention(nn.Module):
-    """Attention without the l x l scores: keys and values are summed first.    x (..., l, d) -> (..., l, d)
+    """Attention without the l x l scores: keys and values are summed first.    x (b, l, d) -> (b, l, d)
 
     The query is a softmax over features, scaled by head_dim^-0.5, the key a softmax over positions. Source: [11].
+    Needs: in_tiles.
     """
 
     def __init__(self, d, heads=8, head_dim=64, rotary=None, out_bias=False):
@@ -583,17 +605,18 @@ class LinearAttention(nn.Module):
         self.to_qkv = nn.Linear(d, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, d, bias=out_bias)
 
+    @in_tiles
     def forward(self, x):
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (..., l, heads d) each
-        q, k, v = (rearrange(y, "... l (heads d) -> ... heads l d", heads=self.heads) for y in (q, k, v))
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (b, l, heads d) each
+        q, k, v = (rearrange(y, "b l (heads d) -> b heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         q, k = q.softmax(dim=-1), k.softmax(dim=-2)
         if x.shape[-2] > v.shape[-1]:
-            y = q @ (k.mT @ v * self.scale)  # by way of (..., heads, d, d)
+            y = q @ (k.mT @ v * self.scale)  # by way of (b, heads, d, d)
         else:
-            y = (q @ k.mT * self.scale) @ v  # the same, by way of (..., heads, l, l): less for short sequences
-        return self.to_out(rearrange(y, "... heads l d -> ... l (heads d)"))
+            y = (q @ k.mT * self.scale) @ v  # the same, by way of (b, heads, l, l): less for short sequences
+        return self.to_out(rearrange(y, "b heads l d -> b l (heads d)"))
 
 
 class GLU(nn.Module):
@@ -678,14 +701,11 @@ def causal_conv(u, weight, bias, reverse=False):
 
     `reverse` takes the frames after it instead, the nearest with the same weight.
     """
-    # `width` shifted products: faster than a depthwise Conv1d, which wants time innermost.
+    # As images of one row of pixels, whose channels lie innermost as u has them: a Conv1d wants time innermost.
     width = weight.shape[2]
-    padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0))  # (b, l + width - 1, d)
-    taps = weight[:, 0].flip(1) if reverse else weight[:, 0]  # (d, width)
-    y = bias
-    for j in range(width):
-        y = y + padded[:, j : j + u.shape[1]] * taps[:, j]
-    return y
+    padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)).mT[:, :, None]  # (b, d, 1, l')
+    taps = weight.flip(2) if reverse else weight
+    return F.conv2d(padded, taps[:, :, None], bias, groups=len(weight)).squeeze(2).mT
 
 
 class CausalConv(nn.Module):

@@ -296,6 +296,22 @@ def test_linear_attention_is_linear_in_values_and_normalises_keys_over_frames():
     assert relative_error(layer(x), layer.to_out((weights @ v).transpose(1, 2).flatten(2))) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["attention", "linear-attention"])
+def test_attention_in_tiles_is_attention(name):
+    layer, x = make(name), torch.randn(700, 20, 16)
+    assert len(x) * 20 * layer.to_qkv.out_features > 2**22  # too large for one tile
+    weights = {k: (2 * p).detach().requires_grad_(p.requires_grad) for k, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, weights, x)  # whose weights must be the ones that are differentiated
+    wanted = [p for p in weights.values() if p.requires_grad]
+    gradients = torch.autograd.grad(y.square().mean(), wanted)
+    layer.load_state_dict(weights)
+    plain = torch.cat([layer(some) for some in x.split(100)])
+    assert relative_error(y, plain) < 1e-6
+    reference = torch.autograd.grad(plain.square().mean(), [p for p in layer.parameters() if p.requires_grad])
+    for value, other in zip(gradients, reference):
+        assert relative_error(value, other) < 1e-5
+
+
 def test_layers_of_one_maker_share_their_position_tables():
     maker = temporal_layer("attention")
     assert maker(16).bias is maker(32).bias and maker(16).rotary is maker(32).rotary
