@@ -92,8 +92,16 @@ def selective_scan_loop(u, dt, A, B, C, D=None, initial_state=None, return_last_
     return (y, state) if return_last_state else y
 
 
+def rows_in(tile, row, device):
+    """How many rows of `row` numbers are worked on at a time: those that a tile of `tile` numbers can hold, or one.
+
+    A CPU is fastest when a tile stays in its cache. A GPU wants all rows at once, within a bound on memory.
+    """
+    return max(1, (tile if device.type == "cpu" else 256 * tile) // row)
+
+
 class SelectiveScan(torch.autograd.Function):
-    """`selective_scan` and its gradient; call that instead.
+    """`selective_scan` and its gradient; call that instead. Needs: rows_in.
 
     The work is cut into blocks of some rows by CHUNK frames. Inside a block everything is time first, (k, b, n, d):
     one frame is one contiguous slab, and with the channels innermost every sum over n or d is a matrix product.
@@ -188,8 +196,7 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def blocks(ctx, u, n):
         """Slices of rows and, in the order of the scan, slices of frames; every pair of them is a block."""
-        # A CPU is fastest when a block stays in its cache; a GPU wants all rows at once, within a bound on memory.
-        most = max(1, (2**16 if u.device.type == "cpu" else 2**24) // (n * u.shape[2]))
+        most = rows_in(2**16, n * u.shape[2], u.device)
         cut = lambda size, step: [slice(i, min(i + step, size)) for i in range(0, size, step)]
         return cut(u.shape[0], most), cut(u.shape[1], ctx.chunk)[:: -1 if ctx.reverse else 1]
 
@@ -313,14 +320,14 @@ class FFTConvolution(torch.autograd.Function):
 
     `reverse`: anticausal, y_k depends on u_k and what follows it. Autograd would keep the spectra, eight times u; this
     keeps u alone, and works on some rows at a time: on a CPU, buffers that fit its cache are three times faster.
-    FFTConvolution.apply(u, K, reverse), float32 or float64, differentiable once.
+    FFTConvolution.apply(u, K, reverse), float32 or float64, differentiable once. Needs: rows_in.
     """
 
     @staticmethod
     def tiles(*tensors):
         """Some rows of each at a time.    (b, l, d) each -> lists of (b', l, d)"""
         b, l, d = tensors[0].shape
-        rows = max(1, (2**18 if tensors[0].device.type == "cpu" else 2**26) // (l * d))
+        rows = rows_in(2**18, l * d, tensors[0].device)
         return [[x[i : i + rows] for x in tensors] for i in range(0, b, rows)]
 
     @staticmethod
@@ -553,12 +560,12 @@ def in_tiles(forward):
     """Let attention take some rows of a large x at a time.    forward of a layer, x (b, l, d) -> (b, l, d)
 
     Queries, keys and values are many times as large as x, and fresh memory costs a CPU more than arithmetic. So where
-    they are large, a tile of rows goes through all of the layer, and again in the backward pass. Needs: recomputed.
+    they are large, a tile of rows goes through all of the layer, and again in the backward pass.
+    Needs: rows_in, recomputed.
     """
 
     def tiled(self, x):
-        elements = x.shape[1] * self.to_qkv.out_features  # of q, k and v, in a row
-        rows = max(1, (2**22 if x.device.type == "cpu" else 2**30) // elements)
+        rows = rows_in(2**22, x.shape[1] * self.to_qkv.out_features, x.device)
         if len(x) <= rows or torch.compiler.is_compiling():
             return forward(self, x)
         names, weights = zip(*self.named_parameters())
@@ -1281,7 +1288,7 @@ def table(title, layers, shapes, call=lambda layer, x: layer(x)):
         print(row, flush=True)
 
 
-def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=32, d=64):
+def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=8, d=64):
     """The papers' temporal layers; the other names are forward-only ablations."""
     layers = {name: temporal_layer(name)(d) for name in names}
     shapes = {f"{f} frames": (pixels, f, d) for f in (16, 64, 256)}

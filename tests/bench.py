@@ -7,7 +7,8 @@
     python tests/bench.py layers --names attention attention-explicit bi-s4d bi-mamba --frames 16 64 256
     python tests/bench.py unet --with amp compile recompute    a training step, and what each option gives
     python tests/bench.py unet --official CLONE        beside the official attention models, from a clone of their code
-    python tests/bench.py memory                       memory of large training steps, counted without taking them
+    python tests/bench.py memory --device cuda         memory of the papers' training steps, counted: it takes no GPU
+    python tests/bench.py memory --official CLONE      the same beside the official attention models
     python tests/bench.py dim                          a block of DiM and a transformer's, by the number of tokens
     python tests/bench.py data                         batches per second of the maze and of a folder's cache
     python tests/bench.py fvd                          features per second against the bare I3D
@@ -45,7 +46,7 @@ import tempfile
 import time
 from functools import lru_cache, partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Callable, NamedTuple
 from unittest.mock import MagicMock, patch
 
@@ -65,6 +66,7 @@ PATIENCE = 20  # seconds a variant may use beyond two turns
 SHAPES = [(256, 16, 128, 16), (256, 64, 128, 16), (64, 256, 128, 16), (16, 1024, 128, 16), (64, 64, 512, 16)]
 SHAPES_GPU = [(8192, 16, 128, 16), (8192, 64, 128, 16), (8192, 256, 128, 16)]  # 8 videos of 32x32 pixels
 LAYERS = ("attention-explicit", *TEMPORAL_LAYERS)
+OFFICIAL = ("official attention", "official linear-attention")
 PAPERS = [  # temporal layer, dim, pixels, batch, frames of the commands in README, and of the largest model
     *(("bi-s4d", 64, size, 32, 16) for size in (32, 64)),
     *(("bi-s4d", 64, 32, 8, frames) for frames in (64, 150, 200, 400)),
@@ -222,11 +224,10 @@ def official_unet(clone, temporal, dim, heads):
 
 
 def make_unet(temporal, clone=None, dim=32, heads=4, recompute=False):
-    """UNet3D, or what it is compared with: "attention-explicit", "official attention", "official linear-attention"."""
-    if temporal.startswith("official "):
+    """UNet3D, or what it is compared with: "attention-explicit" and OFFICIAL."""
+    if temporal in OFFICIAL:
         return official_unet(clone, temporal.removeprefix("official "), dim, heads)
     model = UNet3D(dim, heads=heads, temporal=temporal.removesuffix("-explicit"), recompute=recompute)
-    model = model.to(memory_format=torch.channels_last)  # as train.py
     return make_explicit(model) if temporal.endswith("-explicit") else model
 
 
@@ -235,6 +236,8 @@ def unet_work(variant, frames, device, size=32, clone=None):
     torch.manual_seed(0)
     temporal, *options = variant.split(" + ")
     model = make_unet(temporal, clone, recompute="recompute" in options).to(device)
+    if temporal not in OFFICIAL:  # whose kernels are 3D
+        model = model.to(memory_format=torch.channels_last)  # as train.py
     if "compile" in options:  # as train.py
         torch._dynamo.config.recompile_limit = 64
         model.compile(dynamic=False)
@@ -406,7 +409,7 @@ def machine(args):
              "threads": torch.get_num_threads(), "torch": torch.__version__, "device": args.device,
              "load": round(os.getloadavg()[0], 1), "system": f"{platform.system()} {platform.release()}",
              "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")} or "plain"}  # fmt: skip
-    if args.device.startswith("cuda"):
+    if args.device.startswith("cuda") and args.what != "memory":
         facts["device"] = f"{torch.cuda.get_device_name(args.device)}, CUDA {torch.version.cuda}"
     return facts | {p: installed(p) for p in ("mambapy", "mamba_ssm") if args.peers and installed(p)}
 
@@ -481,7 +484,7 @@ def bench_unet(args):
     """Training steps with Adam. The peak is what a run needs: weights, gradients and Adam's averages count."""
     names = args.names or ["attention-explicit", "attention", "linear-attention", "bi-s4d", "bi-mamba"]
     names = [name + option for name in names for option in ("", *(f" + {o}" for o in args.options))]
-    names = (["official attention", "official linear-attention"] if args.official else []) + names
+    names = [*OFFICIAL, *names] if args.official else names
     sizes = {"size": 8 if args.quick else 32}
     print("UNet3D, dim 32, 4 heads, {size}x{size} pixels, batch 1, a training step".format(**sizes))
     return by_frames(args, names, [4, 8] if args.quick else [16, 64, 256], sizes | {"clone": args.official})
@@ -573,19 +576,27 @@ def bench_fvd(args):
     return rates(args, {"video_features": Work(features), "bare I3D": Work(bare)}, n, "features/s")
 
 
-def counted(temporal, dim, size, batch, frames, recompute):
+def convolution_backward_flop(dy, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask,
+                              **_):  # fmt: skip
+    """torch's own formula forgets the groups, and counts a depthwise convolution by the square of its channels."""
+    return sum(mask[:2]) * 2 * x[0] * math.prod((x if transposed else dy)[2:]) * math.prod(weight)
+
+
+def counted(temporal, dim, size, batch, frames, recompute, device, clone):
     """Bytes and floating-point operations of a training step in float32, without taking it.    -> dict"""
-    blocks, gpu = vdm_ssm.SelectiveScan.blocks, torch.device("cuda")
-    of_a_gpu = staticmethod(lambda ctx, u, n: blocks(ctx, SimpleNamespace(shape=u.shape, device=gpu), n))
-    with FakeTensorMode(), patch.object(vdm_ssm.SelectiveScan, "blocks", of_a_gpu):
-        model = UNet3D(dim=dim, heads=dim // 8, temporal=temporal, recompute=recompute)
+    rows_in, device = vdm_ssm.rows_in, torch.device(device)
+    with FakeTensorMode(), patch.object(vdm_ssm, "rows_in", lambda tile, row, _: rows_in(tile, row, device)):
+        model = make_unet(temporal, clone, dim, dim // 8, recompute)
         x, t = torch.randn(batch, 3, frames, size, size), torch.zeros(batch, dtype=torch.long)
         diffusion = GaussianDiffusion(model)
+        if temporal in OFFICIAL:  # a mask whose numbers it asks for, and which changes nothing
+            type(model).forward.__globals__["prob_mask_like"] = lambda *args, **kwargs: None
         with vdm_ssm.PeakMemory() as memory:
             loss = diffusion.losses(x, t, x).mean()
             kept = memory.now
             loss.backward()
-        with FlopCounterMode(display=False) as work:  # by itself, since it holds on to tensors
+        formulas = {torch.ops.aten.convolution_backward: convolution_backward_flop}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as work:  # by itself, since it holds on to tensors
             diffusion.losses(x, t, x).mean().backward()
     weights = sum(p.nbytes for p in model.parameters())
     peak = memory.peak + 4 * weights  # Adam's averages and the EMA
@@ -595,15 +606,20 @@ def counted(temporal, dim, size, batch, frames, recompute):
 def bench_memory(args):
     """Training steps of the papers' models. The peak holds weights, gradients, Adam's averages, EMA and activations."""
     cases = [("bi-s4d", 8, 8, 2, 4), ("bi-mamba", 8, 8, 2, 4)] if args.quick else PAPERS
+    if args.official:
+        names = [*OFFICIAL, *(args.names or ("attention", "linear-attention", "bi-s4d", "bi-mamba"))]
+        cases = [(name, 32, 32, 1, f) for f in args.frames or (128, 256) for name in names]
     records, rows = [], []
     for case, recompute in itertools.product(cases, (False, True)):
+        if recompute and case[0] in OFFICIAL:
+            continue
         record = dict(zip(("temporal", "dim", "size", "batch", "frames"), case), recompute=recompute)
-        records.append(record | counted(**record))
+        records.append(record | counted(**record, device=args.device, clone=args.official))
         gib = [number(records[-1][key] / 2**30) for key in ("weights", "kept", "peak")]
         tflop = number(records[-1]["flop"] / 1e12)
         rows.append([case[0] + recompute * " + recompute", *map(str, case[1:]), *gib, tflop])
         print(*rows[-1], file=sys.stderr)
-    print("A training step of UNet3D as a GPU takes it, counted. Memory in GiB: workspaces and fragmentation come on top.")
+    print(f"A training step of UNet3D on {args.device}, counted. Memory in GiB: workspaces and fragmentation come on top.")
     print("TFLOP: 10^12 floating-point operations of convolutions and matrix products\n")
     table(["unet", "dim", "pixels", "batch", "frames", "weights", "kept for backward", "peak", "TFLOP"], rows)
     return records
@@ -624,11 +640,11 @@ def parser():
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--peers", action="store_true", help="scan: naive loops; mambapy, mamba_ssm if installed")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="scan: of u, dt, B and C")
-    parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet: temporal layers")
-    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim: numbers of frames")
+    parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet, memory: temporal layers")
+    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim, memory: numbers")
     parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile", "recompute"),
                         metavar="OPTION", help="unet: also with each of amp, compile, recompute")  # fmt: skip
-    parser.add_argument("--official", metavar="CLONE", help="unet: a clone of the official code; its attention models too")
+    parser.add_argument("--official", metavar="CLONE", help="unet, memory: a clone of the official code; its models too")
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")
     parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     return parser
@@ -638,7 +654,7 @@ def main(args):
     args.repeats = args.repeats or (2 if args.quick else 7)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device.startswith("cuda"):
+    if args.device.startswith("cuda") and args.what != "memory":
         torch.cuda.set_device(args.device)  # whose memory is watched
     if args.one_case:
         return print(json.dumps(memory(make_work(args.one_case, args), args.device)))

@@ -54,7 +54,8 @@ def test_a_piece_pasted_alone_needs_only_what_its_docstring_names(name):
 def test_pasted_pieces_run():
     space = {}
     exec("import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom einops import rearrange, repeat", space)
-    for name in ("SelectiveScan", "selective_scan", "S6", "recomputed", "causal_conv", "CausalConv", "MambaBlock"):
+    for name in ("rows_in", "SelectiveScan", "selective_scan", "S6", "recomputed", "causal_conv", "CausalConv",
+                 "MambaBlock"):
         exec(source_of(name), space)
     x = space["torch"].randn(2, 5, 8)
     assert space["MambaBlock"](space["S6"], 8)(x).shape == x.shape
