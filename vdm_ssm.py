@@ -45,7 +45,8 @@ Differs from the papers
     The network computes the same function as the official code, and its parameters are registered in the same order.
     The position table that all official variants carry (32 x heads numbers) exists here for its user only, `attention`.
     Convolutions are 2D over single frames, which is what (1, k, k) kernels are. The official attention stores f x f
-    scores per pixel; here `F.scaled_dot_product_attention` decides. What [15] leaves open of DiM is said in section 8.
+    scores per pixel; here `F.scaled_dot_product_attention` decides, and large inputs go through in tiles. What [15]
+    leaves open of DiM is said in section 8.
 """
 
 import math

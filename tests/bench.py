@@ -619,7 +619,7 @@ def bench_memory(args):
         tflop = number(records[-1]["flop"] / 1e12)
         rows.append([case[0] + recompute * " + recompute", *map(str, case[1:]), *gib, tflop])
         print(*rows[-1], file=sys.stderr)
-    print(f"A training step of UNet3D on {args.device}, counted. Memory in GiB: workspaces and fragmentation come on top.")
+    print(f"A training step of UNet3D on {args.device}, counted. GiB, workspaces and fragmentation come on top.")
     print("TFLOP: 10^12 floating-point operations of convolutions and matrix products\n")
     table(["unet", "dim", "pixels", "batch", "frames", "weights", "kept for backward", "peak", "TFLOP"], rows)
     return records
@@ -640,11 +640,11 @@ def parser():
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--peers", action="store_true", help="scan: naive loops; mambapy, mamba_ssm if installed")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="scan: of u, dt, B and C")
-    parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet, memory: temporal layers")
-    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim, memory: numbers")
+    parser.add_argument("--names", nargs="+", choices=LAYERS, metavar="NAME", help="layers, unet, memory: which layers")
+    parser.add_argument("--frames", nargs="+", type=int, metavar="F", help="layers, unet, dim, memory: their numbers")
     parser.add_argument("--with", nargs="+", default=[], dest="options", choices=("amp", "compile", "recompute"),
                         metavar="OPTION", help="unet: also with each of amp, compile, recompute")  # fmt: skip
-    parser.add_argument("--official", metavar="CLONE", help="unet, memory: a clone of the official code; its models too")
+    parser.add_argument("--official", metavar="CLONE", help="clone of the official code, for unet and memory")
     parser.add_argument("--workers", type=int, default=0, help="data: processes that load (default 0)")
     parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     return parser
