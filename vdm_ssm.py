@@ -104,9 +104,9 @@ def rows_in(tile, row, device):
 class SelectiveScan(torch.autograd.Function):
     """`selective_scan` and its gradient; call that instead. Needs: rows_in.
 
-    The work is cut into blocks of some rows by CHUNK frames. Inside a block everything is time first, (k, b, n, d):
-    one frame is one contiguous slab, and with the channels innermost every sum over n or d is a matrix product.
-    `ahead` and `back` take a state and its gradient through one block. `ahead_fused` and `back_fused` do the same
+    The work is cut into blocks of some rows by CHUNK frames. The states of a block are (b, k, n, d): with the channels
+    innermost, every sum over n or d is a matrix product. `ahead` and `back` take a state and its gradient through one
+    block, and write what belongs to its frames to where it shall be. `ahead_fused` and `back_fused` compute the same
     frame by frame: torch.compile makes loops of them whose states stay in registers.
     """
 
@@ -115,58 +115,77 @@ class SelectiveScan(torch.autograd.Function):
     FUSED_CHUNK = 8  # of compiled blocks: 16 frames overflow a GPU's registers and take twice as long to compile
 
     @staticmethod
-    def decay(dt, A):
+    def decay(dt, A, out=None):
         """exp(dt A).    dt (..., d), A (n, d) -> (..., n, d)"""
         # exp2 has no slow path where exp underflows, and dt*A reaches -160. No state feels the difference between 1e-30
         # and less, but a CPU does: arithmetic with denormal numbers is slow.
-        return (dt[..., None, :] * (A * math.log2(math.e))).clamp_(min=-100).exp2_()
+        return torch.mul(dt[..., None, :], A * math.log2(math.e), out=out).clamp_(min=-100).exp2_()
 
     @staticmethod
-    def recur(state, u, dt, B, A):
-        """All states of a block and all decays.    state (b, n, d) before it, u, dt (k, b, d), B (k, b, n)"""
-        decay = SelectiveScan.decay(dt, A)  # (k, b, n, d)
-        states = (dt * u)[:, :, None] * B[..., None]
-        for k in range(len(u)):
-            state = states[k].addcmul_(decay[k], state)
-        return states, decay
+    def room(ctx, count, rows, frames, like):
+        """Memory to work in, the same for all blocks: a CPU gets fresh memory more slowly than it computes.
+
+        -> for each size (b, k) of a block, `count` pairs of a tensor (b, k, n, d) and its frames in the scan's order
+        """
+        whole = like.new_empty(count, ctx.rows, ctx.chunk, *like.shape[-2:])
+        sizes = lambda slices: {x.stop - x.start for x in slices}
+        ordered = lambda x: (x, x.unbind(1)[:: -1 if ctx.reverse else 1])
+        return {(b, k): [ordered(x) for x in whole[:, :b, :k]] for b in sizes(rows) for k in sizes(frames)}
 
     @staticmethod
-    def ahead(state, u, dt, B, C, A, D):
-        """Through a block.    state (b, n, d) before it, u, dt (k, b, d), B, C (k, b, n) -> y (k, b, d), state"""
-        states, _ = SelectiveScan.recur(state, u, dt, B, A)
-        return (C[:, :, None] @ states).squeeze(2).addcmul_(D, u), states[-1].clone()
+    def recur(room, state, dtu, dt, B, A):
+        """All states and decays of a block.    state (b, n, d) before it, dt u, dt (b, k, d), B (b, k, n) -> room"""
+        (states, frames), (decay, decays), *_ = room = room[dt.shape[:2]]
+        SelectiveScan.decay(dt, A, out=decay)
+        torch.mul(dtu[:, :, None], B[..., None], out=states)
+        for state_k, decay_k in zip(frames, decays):
+            state = state_k.addcmul_(decay_k, state)
+        return room
+
+    @staticmethod
+    def ahead(room, y, state, u, dt, B, C, A, D):
+        """Through a block, into y.    state (b, n, d) before it, u, dt, y (b, k, d), B, C (b, k, n) -> state"""
+        (states, frames), _ = SelectiveScan.recur(room, state, dt * u, dt, B, A)
+        torch.addcmul((C[:, :, None] @ states).squeeze(2), D, u, out=y)
+        return frames[-1]
 
     @staticmethod
     def ahead_fused(state, u, dt, B, C, A, D):
+        """-> state, y"""
         ys = []
-        for u_k, dt_k, B_k, C_k in zip(u, dt, B, C):
+        for u_k, dt_k, B_k, C_k in zip(*(x.unbind(1) for x in (u, dt, B, C))):
             state = SelectiveScan.decay(dt_k, A) * state + (dt_k * u_k)[:, None] * B_k[..., None]
             ys.append((C_k[..., None] * state).sum(1) + D * u_k)
-        return torch.stack(ys), state
+        return state, torch.stack(ys, 1)
 
     # The gradient g of the state runs backward in time: g_k = C_k dy_k + exp(dt_{k+1} A) g_{k+1}. Frame by frame,
     #     d(dt u) = B . g        dB = g . (dt u)        dC = state . dy        w = d(dt A) = g exp(dt A) state_{k-1}
     # and the product rule gives du = dt d(dt u) + D dy, ddt = u d(dt u) + A . w, and dA, the sum of all dt w.
 
     @staticmethod
-    def back(state, carry, u, dt, B, C, dy, A, D):
-        """Back through it.    carry = exp(dt A) g of the frame after it, (b, n, d) -> carry, dA, du, ddt, dB, dC"""
-        states, decay = SelectiveScan.recur(state, u, dt, B, A)
-        g = C[..., None] * dy[:, :, None]
-        g[-1] += carry
-        for k in reversed(range(1, len(u))):
-            g[k - 1].addcmul_(decay[k], g[k])
-        d_dtu = (B[:, :, None] @ g).squeeze(2)  # (k, b, d)
-        dB, dC = ((dt * u)[:, :, None] @ g.mT).squeeze(2), (dy[:, :, None] @ states.mT).squeeze(2)
+    def back(room, gradients, state, carry, u, dt, B, C, dy, A, D):
+        """Back through it, into its gradients.    carry (b, n, d), exp(dt A) g of the frame after it -> carry, dA"""
+        dtu, (du, ddt, dB, dC) = dt * u, gradients
+        (states, frames), (decay, decays), (g, gs) = SelectiveScan.recur(room, state, dtu, dt, B, A)
+        torch.mul(C[..., None], dy[:, :, None], out=g)
+        gs[-1].add_(carry)
+        for k in reversed(range(1, len(gs))):
+            gs[k - 1].addcmul_(decays[k], gs[k])
+        d_dtu = (B[:, :, None] @ g).squeeze(2)  # (b, k, d)
+        dB.copy_((dtu[:, :, None] @ g.mT).squeeze(2))
+        dC.copy_((dy[:, :, None] @ states.mT).squeeze(2))
         w = decay.mul_(g)
-        carry = w[0].clone()
-        w[1:] *= states[:-1]
-        w[0] *= state
-        ddt = u * d_dtu + torch.mul(w, A, out=g).sum(2)
-        return carry, w.mul_(dt[:, :, None]).sum((0, 1)), dt * d_dtu + D * dy, ddt, dB, dC
+        carry = decays[0].clone()
+        for w_k, before in zip(decays, (state, *frames)):
+            w_k.mul_(before)
+        torch.addcmul(D * dy, dt, d_dtu, out=du)
+        torch.addcmul(torch.mul(w, A, out=g).sum(2), u, d_dtu, out=ddt)
+        return carry, w.mul_(dt[:, :, None]).sum((0, 1))
 
     @staticmethod
     def back_fused(state, carry, u, dt, B, C, dy, A, D, part=slice(6)):
+        """-> carry, dA, du, ddt, dB, dC, or a part of them"""
+        u, dt, B, C, dy = (x.unbind(1) for x in (u, dt, B, C, dy))
         states, decays, frames, dA = [state], [], [], 0
         for u_k, dt_k, B_k in zip(u, dt, B):
             decays.append(SelectiveScan.decay(dt_k, A))
@@ -178,7 +197,7 @@ class SelectiveScan(torch.autograd.Function):
             dA = dA + w * dt[k][:, None]
             dB, dC = (g * (dt[k] * u[k])[:, None]).sum(2), (states[k + 1] * dy[k][:, None]).sum(2)
             frames.append((dt[k] * d_dtu + D * dy[k], u[k] * d_dtu + (w * A).sum(1), dB, dC))
-        du, ddt, dB, dC = (torch.stack(x[::-1]) for x in zip(*frames))
+        du, ddt, dB, dC = (torch.stack(x[::-1], 1) for x in zip(*frames))
         return (carry, dA.sum(0), du, ddt, dB, dC)[part]
 
     @staticmethod
@@ -189,53 +208,71 @@ class SelectiveScan(torch.autograd.Function):
         return fused[function]
 
     @staticmethod
-    def back_split(*block):
-        """`back_fused` on a GPU: one kernel for sums over n, one over d; jointly they would store all states."""
+    def ahead_compiled(ctx, y, state, u, dt, B, C, A, D):
+        """`ahead`, by way of `ahead_fused`."""
+        block = (SelectiveScan.take(x, ctx) for x in (u, dt, B, C))
+        state, y_c = SelectiveScan.fuse(SelectiveScan.ahead_fused)(state.clone(), *block, A, D)
+        SelectiveScan.put(y, y_c, ctx)
+        return state
+
+    @staticmethod
+    def back_compiled(ctx, gradients, state, carry, u, dt, B, C, dy, A, D):
+        """`back`, by way of `back_fused`."""
         back = SelectiveScan.fuse(SelectiveScan.back_fused)
-        return back(*block, slice(4)) + back(*block, slice(4, 6))
+        block = state.clone(), carry, *(SelectiveScan.take(x, ctx) for x in (u, dt, B, C, dy)), A, D
+        if u.device.type == "cpu":
+            carry, dA, *of_block = back(*block)
+        else:  # one kernel for sums over n, one over d; jointly they would store all states
+            carry, dA, *of_block = back(*block, slice(4)) + back(*block, slice(4, 6))
+        for gradient, x in zip(gradients, of_block):
+            SelectiveScan.put(gradient, x, ctx)
+        return carry, dA
 
     @staticmethod
-    def blocks(ctx, u, n):
-        """Slices of rows and, in the order of the scan, slices of frames; every pair of them is a block."""
-        most = rows_in(2**16, n * u.shape[2], u.device)
-        cut = lambda size, step: [slice(i, min(i + step, size)) for i in range(0, size, step)]
-        return cut(u.shape[0], most), cut(u.shape[1], ctx.chunk)[:: -1 if ctx.reverse else 1]
-
-    @staticmethod
-    def take(x, row, frame, ctx):
-        """A block of x, in the order of the scan.    x (b, l, d) -> (k, b, d)"""
-        x = x[row, frame].transpose(0, 1)
-        x = (x.flip(0) if ctx.reverse else x).to(ctx.dtype, copy=True, memory_format=torch.contiguous_format)
+    def take(x, ctx):
+        """Frames in the order of the scan, for a compiled block.    (b, k, d) -> (b, padded, d)"""
+        x = (x.flip(1) if ctx.reverse else x).to(copy=True, memory_format=torch.contiguous_format)
         # Each length is compiled anew: blocks are padded to a few. Frames with dt = 0 leave the state as it is.
-        return F.pad(x, (0, 0, 0, 0, 0, ctx.padded - len(x))) if ctx.compiled else x
+        return F.pad(x, (0, 0, 0, ctx.padded - x.shape[1]))
 
     @staticmethod
-    def put(out, row, frame, x, ctx):
+    def put(out, x, ctx):
         """The reverse of `take`, into `out`."""
-        x = x[: frame.stop - frame.start]
-        out[row, frame] = (x.flip(0) if ctx.reverse else x).transpose(0, 1)
+        x = x[:, : out.shape[1]]
+        out.copy_(x.flip(1) if ctx.reverse else x)
+
+    @staticmethod
+    def blocks(ctx, b, l):
+        """Slices of rows and, in the order of the scan, slices of frames; every pair of them is a block."""
+        cut = lambda size, step: [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        return cut(b, ctx.rows), cut(l, ctx.chunk)[:: -1 if ctx.reverse else 1]
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, initial_state, reverse, compiled):
-        (b, l, d), n, take = u.shape, A.shape[1], SelectiveScan.take
+        (b, l, d), n = u.shape, A.shape[1]
         ctx.reverse, ctx.compiled = reverse, compiled
-        ctx.chunk = SelectiveScan.FUSED_CHUNK if compiled else SelectiveScan.CHUNK
-        ctx.padded = min(ctx.chunk, 1 << (l - 1).bit_length())
+        ctx.rows = min(max(b, 1), rows_in(2**16, n * d, u.device))
+        ctx.chunk = min(l, SelectiveScan.FUSED_CHUNK if compiled else SelectiveScan.CHUNK)
+        ctx.padded = min(SelectiveScan.FUSED_CHUNK, 1 << (l - 1).bit_length())
         ctx.dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
         parameters = A.T.to(ctx.dtype).contiguous(), D.to(ctx.dtype)  # (n, d), (d)
-        ahead = SelectiveScan.fuse(SelectiveScan.ahead_fused) if compiled else SelectiveScan.ahead
-        rows, frames = SelectiveScan.blocks(ctx, u, n)
+        rows, frames = SelectiveScan.blocks(ctx, b, l)
         starts = u.new_empty(len(frames), b, n, d, dtype=ctx.dtype)  # the state before each block
         last_state = u.new_empty(b, d, n, dtype=ctx.dtype)
         y = torch.empty_like(u)
+        if compiled:
+            ahead = lambda *block: SelectiveScan.ahead_compiled(ctx, *block)
+        else:
+            room = SelectiveScan.room(ctx, 2, rows, frames, starts)
+            ahead = lambda *block: SelectiveScan.ahead(room, *block)
 
         with torch.autocast(u.device.type, enabled=False):
             for row in rows:
-                state = initial_state[row].mT.to(ctx.dtype).contiguous()  # (b, n, d)
+                state = initial_state[row].mT  # (b, n, d)
                 for i, frame in enumerate(frames):
                     starts[i, row] = state
-                    y_c, state = ahead(state, *(take(x, row, frame, ctx) for x in (u, dt, B, C)), *parameters)
-                    SelectiveScan.put(y, row, frame, y_c, ctx)
+                    block = (x[row, frame].to(ctx.dtype) for x in (u, dt, B, C))
+                    state = ahead(y[row, frame], starts[i, row], *block, *parameters)
                 last_state[row] = state.mT
 
         ctx.save_for_backward(u, dt, A, B, C, D, starts)
@@ -246,24 +283,23 @@ class SelectiveScan(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("selective_scan can be differentiated once: take selective_scan_loop for more")
         u, dt, A, B, C, D, starts = ctx.saved_tensors
-        take, gradients = SelectiveScan.take, [torch.empty_like(x) for x in (u, dt, B, C)]
+        gradients = [torch.empty_like(x) for x in (u, dt, B, C)]
         parameters = A.T.to(ctx.dtype).contiguous(), D.to(ctx.dtype)  # (n, d), (d)
         dA, dD = map(torch.zeros_like, parameters)
-        back = SelectiveScan.back
-        if ctx.compiled:
-            cpu = u.device.type == "cpu"
-            back = SelectiveScan.fuse(SelectiveScan.back_fused) if cpu else SelectiveScan.back_split
-        rows, frames = SelectiveScan.blocks(ctx, u, A.shape[1])
         dinitial_state = torch.empty_like(dlast_state)
+        rows, frames = SelectiveScan.blocks(ctx, *u.shape[:2])
+        if ctx.compiled:
+            back = lambda *block: SelectiveScan.back_compiled(ctx, *block)
+        else:
+            room = SelectiveScan.room(ctx, 3, rows, frames, starts)
+            back = lambda *block: SelectiveScan.back(room, *block)
 
         with torch.autocast(u.device.type, enabled=False):
             for row in rows:
                 carry = dlast_state[row].mT.contiguous()
                 for i, frame in reversed(list(enumerate(frames))):
-                    block = [take(x, row, frame, ctx) for x in (u, dt, B, C, dy)]
-                    carry, dA_c, *of_block = back(starts[i, row].clone(), carry, *block, *parameters)
-                    for gradient, x in zip(gradients, of_block):
-                        SelectiveScan.put(gradient, row, frame, x, ctx)
+                    block = [x[row, frame].to(ctx.dtype) for x in (u, dt, B, C, dy)]
+                    carry, dA_c = back([x[row, frame] for x in gradients], starts[i, row], carry, *block, *parameters)
                     dA += dA_c
                     dD += (block[0] * block[4]).sum((0, 1))  # u dy
                 dinitial_state[row] = carry.mT

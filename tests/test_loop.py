@@ -257,7 +257,7 @@ def test_under_bfloat16_autocast_norms_states_and_loss_stay_in_float32(temporal,
     for name in ("group_norm", "layer_norm"):
         monkeypatch.setattr(torch.nn.functional, name, checked(getattr(torch.nn.functional, name)))
     recur = vdm_ssm.SelectiveScan.recur
-    watched = lambda state, *rest: states_of.append(state.dtype) or recur(state, *rest)
+    watched = lambda room, state, *rest: states_of.append(state.dtype) or recur(room, state, *rest)
     monkeypatch.setattr(vdm_ssm.SelectiveScan, "recur", staticmethod(watched))
     states_of, model = [], small(temporal)
     for module in model.modules():
