@@ -519,7 +519,8 @@ class S6(nn.Module):
         """What the input chooses.    u (b, l, d) -> dt (b, l, d), A (d, n), B, C (b, l, n)"""
         low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
         # The scan keeps dt for its backward pass; what softplus was given is as large, and soon computed again.
-        step = lambda low, weight, bias: F.softplus(F.linear(low, weight, bias))
+        # Transposed in memory, the weight has a gradient that is a fast product, of a few long rows by a long matrix.
+        step = lambda low, weight, bias: F.softplus(F.linear(low, weight.T.contiguous().T, bias))
         dt = recomputed(step, low, self.dt_proj.weight, self.dt_proj.bias)
         return dt, -torch.exp(self.A_log), B, C
 
@@ -749,7 +750,7 @@ def causal_conv(u, weight, bias, reverse=False):
     width = weight.shape[2]
     padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)).mT[:, :, None]  # (b, d, 1, l')
     taps = weight.flip(2) if reverse else weight
-    return F.conv2d(padded, taps[:, :, None], bias, groups=len(weight)).squeeze(2).mT
+    return F.conv2d(padded, taps[:, :, None], groups=len(weight)).squeeze(2).mT + bias
 
 
 class CausalConv(nn.Module):
@@ -786,7 +787,8 @@ class MambaBlock(nn.Module):
         self.out_proj = nn.Linear(expand * d, d)
 
     def forward(self, x):
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, 2d) each
+        halves = zip(self.in_proj.weight.chunk(2), self.in_proj.bias.chunk(2))  # so their gradients need no joining
+        u, z = (F.linear(x, weight, bias) for weight, bias in halves)  # (b, l, 2d) each
         y = self.ahead(self.ahead_conv(u))
         if self.back is not None:
             y = y + self.back(self.back_conv(u, reverse=True), reverse=True)
