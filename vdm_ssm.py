@@ -98,7 +98,7 @@ def rows_in(tile, row, device):
 
     A CPU is fastest when a tile stays in its cache. A GPU wants all rows at once, within a bound on memory.
     """
-    return max(1, (tile if device.type == "cpu" else 256 * tile) // row)
+    return max(1, (tile if device.type == "cpu" else 64 * tile) // row)
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -561,8 +561,9 @@ class RotaryEmbedding(nn.Module):
         self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, dims, 2) / dims), requires_grad=False)
 
     def forward(self, x):
-        # A pair is a complex number, and its turn one multiplication; the other features are turned by 0.
-        pairs = torch.view_as_complex(x.to(self.freqs.dtype).unflatten(-1, (-1, 2)))  # (..., l, d/2)
+        # A pair is a complex number, and its turn one multiplication; the other features are turned by 0. What follows
+        # are matrix products: they would each copy an x that is not contiguous.
+        pairs = torch.view_as_complex(x.contiguous().to(self.freqs.dtype).unflatten(-1, (-1, 2)))  # (..., l, d/2)
         freqs = F.pad(self.freqs, (0, pairs.shape[-1] - len(self.freqs)))
         angle = torch.arange(x.shape[-2], device=x.device)[:, None] * freqs  # (l, d/2)
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
@@ -598,13 +599,13 @@ def in_tiles(forward):
     """Let attention take some rows of a large x at a time.    forward of a layer, x (b, l, d) -> (b, l, d)
 
     Queries, keys and values are many times as large as x, and fresh memory costs a CPU more than arithmetic. So where
-    they are large, a tile of rows goes through all of the layer, and again in the backward pass.
+    they would fill more than four tiles, a tile of rows goes through all of the layer, and again in the backward pass.
     Needs: rows_in, recomputed.
     """
 
     def tiled(self, x):
         rows = rows_in(2**22, x.shape[1] * self.to_qkv.out_features, x.device)
-        if len(x) <= rows or torch.compiler.is_compiling():
+        if len(x) <= 4 * rows or torch.compiler.is_compiling():
             return forward(self, x)
         names, weights = zip(*self.named_parameters())
         again = lambda x, *weights: torch.func.functional_call(self, dict(zip(names, weights)), x)
