@@ -180,7 +180,8 @@ class SelectiveScan(torch.autograd.Function):
             w_k.mul_(before)
         torch.addcmul(D * dy, dt, d_dtu, out=du)
         torch.addcmul(torch.mul(w, A, out=g).sum(2), u, d_dtu, out=ddt)
-        return carry, w.mul_(dt[:, :, None]).sum((0, 1))
+        # Over k first, which leaves to each thread its rows: sum((0, 1)) would let all threads read, hence own, all of w.
+        return carry, w.mul_(dt[:, :, None]).sum(1).sum(0)
 
     @staticmethod
     def back_fused(state, carry, u, dt, B, C, dy, A, D, part=slice(6)):
