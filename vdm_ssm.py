@@ -180,7 +180,7 @@ class SelectiveScan(torch.autograd.Function):
             w_k.mul_(before)
         torch.addcmul(D * dy, dt, d_dtu, out=du)
         torch.addcmul(torch.mul(w, A, out=g).sum(2), u, d_dtu, out=ddt)
-        # Over k first, which leaves to each thread its rows: sum((0, 1)) would let all threads read, hence own, all of w.
+        # Over k first: so each thread reads the rows that it has written. What passes from core to core is slow.
         return carry, w.mul_(dt[:, :, None]).sum(1).sum(0)
 
     @staticmethod
