@@ -106,8 +106,8 @@ class SelectiveScan(torch.autograd.Function):
 
     The work is cut into blocks of some rows by CHUNK frames. The states of a block are (b, k, n, d): with the channels
     innermost, every sum over n or d is a matrix product. `ahead` and `back` take a state and its gradient through one
-    block, and write what belongs to its frames to where it shall be. `ahead_fused` and `back_fused` compute the same
-    frame by frame: torch.compile makes loops of them whose states stay in registers.
+    block; y and the gradients of its frames go straight into the tensors given. `ahead_fused` and `back_fused` compute
+    the same frame by frame: torch.compile makes loops of them whose states stay in registers.
     """
 
     CHUNK = 16  # frames from one stored state to the next: they take 1/16 of the memory of all states
