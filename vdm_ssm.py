@@ -272,7 +272,8 @@ class SelectiveScan(torch.autograd.Function):
                 state = initial_state[row].mT  # (b, n, d)
                 for i, frame in enumerate(frames):
                     starts[i, row] = state
-                    block = (x[row, frame].to(ctx.dtype) for x in (u, dt, B, C))
+                    # Contiguous: rows of long sequences lie powers of two apart, and a cache holds few such at once.
+                    block = (x[row, frame].to(ctx.dtype).contiguous() for x in (u, dt, B, C))
                     state = ahead(y[row, frame], starts[i, row], *block, *parameters)
                 last_state[row] = state.mT
 
@@ -299,7 +300,7 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 carry = dlast_state[row].mT.contiguous()
                 for i, frame in reversed(list(enumerate(frames))):
-                    block = [x[row, frame].to(ctx.dtype) for x in (u, dt, B, C, dy)]
+                    block = [x[row, frame].to(ctx.dtype).contiguous() for x in (u, dt, B, C, dy)]
                     carry, dA_c = back([x[row, frame] for x in gradients], starts[i, row], carry, *block, *parameters)
                     dA += dA_c
                     dD += (block[0] * block[4]).sum((0, 1))  # u dy
