@@ -232,9 +232,8 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def take(x, ctx):
         """Frames in the order of the scan, for a compiled block.    (b, k, d) -> (b, padded, d)"""
-        x = (x.flip(1) if ctx.reverse else x).to(copy=True, memory_format=torch.contiguous_format)
         # Each length is compiled anew: blocks are padded to a few. Frames with dt = 0 leave the state as it is.
-        return F.pad(x, (0, 0, 0, ctx.padded - x.shape[1]))
+        return F.pad(x.flip(1) if ctx.reverse else x, (0, 0, 0, ctx.padded - x.shape[1]))
 
     @staticmethod
     def put(out, x, ctx):
