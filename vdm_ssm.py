@@ -125,17 +125,19 @@ class SelectiveScan(torch.autograd.Function):
     def room(ctx, count, rows, frames, like):
         """Memory to work in, the same for all blocks: a CPU gets fresh memory more slowly than it computes.
 
-        -> for each size (b, k) of a block, `count` pairs of a tensor (b, k, n, d) and its frames in the scan's order
+        -> for each size (b, k) of a block, `count` times a tensor (b, k, n, d), a list of its frames in the scan's
+        order, and the tensor without its first and without its last frame in that order
         """
         whole = like.new_empty(count, ctx.rows, ctx.chunk, *like.shape[-2:])
         sizes = lambda slices: {x.stop - x.start for x in slices}
-        ordered = lambda x: (x, x.unbind(1)[:: -1 if ctx.reverse else 1])
+        order = slice(None, None, -1 if ctx.reverse else 1)
+        ordered = lambda x: (x, x.unbind(1)[order], *(x[:, 1:], x[:, :-1])[order])
         return {(b, k): [ordered(x) for x in whole[:, :b, :k]] for b in sizes(rows) for k in sizes(frames)}
 
     @staticmethod
     def recur(room, state, dtu, dt, B, A):
         """All states and decays of a block.    state (b, n, d) before it, dt u, dt (b, k, d), B (b, k, n) -> room"""
-        (states, frames), (decay, decays), *_ = room = room[dt.shape[:2]]
+        (states, frames, *_), (decay, decays, *_), *_ = room = room[dt.shape[:2]]
         SelectiveScan.decay(dt, A, out=decay)
         torch.mul(dtu[:, :, None], B[..., None], out=states)
         for state_k, decay_k in zip(frames, decays):
@@ -145,7 +147,9 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def ahead(room, y, state, u, dt, B, C, A, D):
         """Through a block, into y.    state (b, n, d) before it, u, dt, y (b, k, d), B, C (b, k, n) -> state"""
-        (states, frames), _ = SelectiveScan.recur(room, state, dt * u, dt, B, A)
+        # Copied before being read n times: rows of long sequences lie powers of two apart; a cache holds few such.
+        dt, B, C = (x.contiguous() for x in (dt, B, C))
+        (states, frames, *_), _ = SelectiveScan.recur(room, state, dt * u, dt, B, A)
         torch.addcmul((C[:, :, None] @ states).squeeze(2), D, u, out=y)
         return frames[-1]
 
@@ -165,8 +169,10 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def back(room, gradients, state, carry, u, dt, B, C, dy, A, D):
         """Back through it, into its gradients.    carry (b, n, d), exp(dt A) g of the frame after it -> carry, dA"""
+        dt, B, C, dy = (x.contiguous() for x in (dt, B, C, dy))
         dtu, (du, ddt, dB, dC) = dt * u, gradients
-        (states, frames), (decay, decays), (g, gs) = SelectiveScan.recur(room, state, dtu, dt, B, A)
+        room = SelectiveScan.recur(room, state, dtu, dt, B, A)
+        (states, _, _, before), (decay, decays, after, _), (g, gs, *_) = room
         torch.mul(C[..., None], dy[:, :, None], out=g)
         gs[-1].add_(carry)
         for k in reversed(range(1, len(gs))):
@@ -176,8 +182,8 @@ class SelectiveScan(torch.autograd.Function):
         dC.copy_((dy[:, :, None] @ states.mT).squeeze(2))
         w = decay.mul_(g)
         carry = decays[0].clone()
-        for w_k, before in zip(decays, (state, *frames)):
-            w_k.mul_(before)
+        decays[0].mul_(state)
+        after.mul_(before)
         torch.addcmul(D * dy, dt, d_dtu, out=du)
         torch.addcmul(torch.mul(w, A, out=g).sum(2), u, d_dtu, out=ddt)
         # Over k first: so each thread reads the rows that it has written. What passes from core to core is slow.
@@ -233,7 +239,7 @@ class SelectiveScan(torch.autograd.Function):
     def take(x, ctx):
         """Frames in the order of the scan, for a compiled block.    (b, k, d) -> (b, padded, d)"""
         # Each length is compiled anew: blocks are padded to a few. Frames with dt = 0 leave the state as it is.
-        return F.pad(x.flip(1) if ctx.reverse else x, (0, 0, 0, ctx.padded - x.shape[1]))
+        return F.pad(x.flip(1) if ctx.reverse else x.contiguous(), (0, 0, 0, ctx.padded - x.shape[1]))
 
     @staticmethod
     def put(out, x, ctx):
@@ -271,8 +277,7 @@ class SelectiveScan(torch.autograd.Function):
                 state = initial_state[row].mT  # (b, n, d)
                 for i, frame in enumerate(frames):
                     starts[i, row] = state
-                    # Contiguous: rows of long sequences lie powers of two apart, and a cache holds few such at once.
-                    block = (x[row, frame].to(ctx.dtype).contiguous() for x in (u, dt, B, C))
+                    block = (x[row, frame].to(ctx.dtype) for x in (u, dt, B, C))
                     state = ahead(y[row, frame], starts[i, row], *block, *parameters)
                 last_state[row] = state.mT
 
@@ -299,7 +304,7 @@ class SelectiveScan(torch.autograd.Function):
             for row in rows:
                 carry = dlast_state[row].mT.contiguous()
                 for i, frame in reversed(list(enumerate(frames))):
-                    block = [x[row, frame].to(ctx.dtype).contiguous() for x in (u, dt, B, C, dy)]
+                    block = [x[row, frame].to(ctx.dtype) for x in (u, dt, B, C, dy)]
                     carry, dA_c = back([x[row, frame] for x in gradients], starts[i, row], carry, *block, *parameters)
                     dA += dA_c
                     dD += (block[0] * block[4]).sum((0, 1))  # u dy
@@ -521,7 +526,7 @@ class S6(nn.Module):
         low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
         # The scan keeps dt for its backward pass; what softplus was given is as large, and soon computed again.
         # Transposed in memory, the weight has a gradient that is a fast product, of a few long rows by a long matrix.
-        step = lambda low, weight, bias: F.softplus(F.linear(low, weight.T.contiguous().T, bias))
+        step = lambda low, weight, bias: F.softplus(F.linear(low.contiguous(), weight.T.contiguous().T, bias))
         dt = recomputed(step, low, self.dt_proj.weight, self.dt_proj.bias)
         return dt, -torch.exp(self.A_log), B, C
 
@@ -749,10 +754,11 @@ def causal_conv(u, weight, bias, reverse=False):
     `reverse` takes the frames after it instead, the nearest with the same weight.
     """
     # As images of one row of pixels, whose channels lie innermost as u has them: a Conv1d wants time innermost.
-    width = weight.shape[2]
-    padded = F.pad(u, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)).mT[:, :, None]  # (b, d, 1, l')
+    l, more = u.shape[1], weight.shape[2] - 1
     taps = weight.flip(2) if reverse else weight
-    return F.conv2d(padded, taps[:, :, None], groups=len(weight)).squeeze(2).mT + bias
+    # Padded at both ends: y (b, l + more, d), where y_k has seen the frames k - more to k.
+    y = F.conv2d(u.mT[:, :, None], taps[:, :, None], padding=(0, more), groups=len(weight)).squeeze(2).mT
+    return (y[:, more:] if reverse else y[:, :l]) + bias
 
 
 class CausalConv(nn.Module):
