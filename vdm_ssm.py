@@ -635,7 +635,8 @@ class Attention(nn.Module):
 
     @in_tiles
     def forward(self, x):
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (b, l, heads d) each
+        thirds = self.to_qkv.weight.chunk(3)  # thirds of to_qkv(x) would have their gradients joined by a copy
+        q, k, v = (F.linear(x, weight) for weight in thirds)  # (b, l, heads d) each
         q, k, v = (rearrange(y, "b l (heads d) -> b heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
@@ -659,7 +660,7 @@ class LinearAttention(nn.Module):
 
     @in_tiles
     def forward(self, x):
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (b, l, heads d) each
+        q, k, v = (F.linear(x, weight) for weight in self.to_qkv.weight.chunk(3))  # (b, l, heads d) each
         q, k, v = (rearrange(y, "b l (heads d) -> b heads l d", heads=self.heads) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)

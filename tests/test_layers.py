@@ -299,16 +299,16 @@ def test_linear_attention_is_linear_in_values_and_normalises_keys_over_frames():
 @pytest.mark.parametrize("name", ["attention", "linear-attention"])
 def test_attention_in_tiles_is_attention(name, monkeypatch):
     layer, x, seen = make(name), torch.randn(50, 20, 16), []
-    layer.to_qkv.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr(vdm_ssm, "rows_in", lambda tile, row, device: 12)
     weights = {k: (2 * p).detach().requires_grad_(p.requires_grad) for k, p in layer.named_parameters()}
     y = torch.func.functional_call(layer, weights, x)  # whose weights must be the ones that are differentiated
     wanted = [p for p in weights.values() if p.requires_grad]
     gradients = torch.autograd.grad(y.square().mean(), wanted)
-    assert seen == [12, 12, 12, 12, 2, 2, 12, 12, 12, 12]  # and again, from the last on, in the backward pass
+    assert seen == [50, 12, 12, 12, 12, 2, 2, 12, 12, 12, 12]  # and again, from the last on, in the backward pass
     layer.load_state_dict(weights)
     plain = torch.cat([layer(some) for some in x.split(25)])  # not more than four tiles
-    assert seen[10:] == [25, 25]
+    assert seen[11:] == [25, 25]
     assert relative_error(y, plain) < 1e-6
     reference = torch.autograd.grad(plain.square().mean(), [p for p in layer.parameters() if p.requires_grad])
     for value, other in zip(gradients, reference):
