@@ -806,13 +806,17 @@ CORES = min(8, os.cpu_count() or 1)  # processes that prepare data
 class Ranks:
     """The processes of a run, of which this is one: number `rank` of `size`, computing on `device`.
 
-    Rank 0 is `main`: it alone writes and prints. Without torchrun there is one rank. Raises BadInput if the device
-    cannot be shared out.
+    Rank 0 is `main`: it alone writes and prints. `here` ranks are on this machine. Without torchrun there is one rank.
+    Raises BadInput if the device cannot be shared out.
     """
 
     def __init__(self, device):
-        variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)  # set by torchrun
-        self.rank, self.size, local = (int(os.environ.get(*variable)) for variable in variables)
+        variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)  # set by torchrun
+        foreign = BadInput(f"{', '.join(name for name, _ in variables)}: some are set, but not by torchrun: unset them")
+        try:
+            self.rank, self.size, local, self.here = (int(os.environ.get(*variable)) for variable in variables)
+        except ValueError as error:
+            raise foreign from error
         self.main, self.device = self.rank == 0, torch.device(device)
         if self.size == 1:
             return
@@ -824,7 +828,10 @@ class Ranks:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         # A rank that dies is noticed at once; the timeout is for a rank 0 that decodes videos for hours.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+        except ValueError as error:  # other variables are missing
+            raise foreign from error
         if not self.main:
             sys.stdout = open(os.devnull, "w")
 
@@ -1046,7 +1053,7 @@ class Run:
     def announce(self):
         """Print what the run will do."""
         args, size = self.args, self.ranks.size
-        threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+        threads = f", {torch.get_num_threads()} threads" if self.ranks.device.type == "cpu" else ""
         how = ["bfloat16" if args.amp else "float32"]
         how += [name for name in ("compile", "recompute") if getattr(args, name)]
         dim = f"DiM, {args.depth} blocks of width {args.width}, patches of {args.patch}x{args.patch}"
@@ -1066,12 +1073,12 @@ class Run:
         Item i is always the same video with the same noise: a resumed run sees what an uninterrupted one would have
         seen, on any number of ranks, to which batch after batch of items is dealt out.
         """
-        args, ranks, gpu = self.args, self.ranks, self.ranks.device.type == "cuda"
+        args, ranks, kind = self.args, self.ranks, self.ranks.device.type
         begin, end = self.step * self.per_step, args.steps * self.per_step
         firsts = range(begin + ranks.rank * args.batch, end, ranks.size * args.batch)
         mine = lambda: (range(i, i + args.batch) for i in firsts)
-        workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else CORES
-        return zip(mine(), DataLoader(self.data, batch_sampler=mine(), num_workers=workers, pin_memory=gpu,
+        workers = args.workers if args.workers is not None else 0 if kind == "cpu" else CORES
+        return zip(mine(), DataLoader(self.data, batch_sampler=mine(), num_workers=workers, pin_memory=kind == "cuda",
                                       generator=torch.Generator(), worker_init_fn=ignore_signals))  # fmt: skip
 
     def rate(self, step):
@@ -1146,7 +1153,9 @@ class Run:
         self.bar.close()
         args, quoted, samples = self.args, shlex.quote(str(self.out)), f"{self.out}/samples/step-{self.step:06d}"
         if self.step < args.steps:
-            python = f"torchrun --nproc_per_node {self.ranks.size}" if self.ranks.size > 1 else "python"
+            size, here = self.ranks.size, self.ranks.here
+            nodes = f"--nnodes {size // here} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if size > here else ""
+            python = f"torchrun {nodes}--nproc_per_node {here}" if size > 1 else "python"
             return print(f"stopped after step {self.step}; go on with: {python} train.py --resume {quoted}")
         print(f"\nwrote {checkpoints(self.out)[0]}")
         print(f"      {self.out}/log.jsonl    (draw it: python train.py plot {quoted})")
@@ -1225,6 +1234,8 @@ def sample(args):
     check_out(args.out or run_folder(args.run), args.data)
     if args.out and Path(args.out, "videos.npz").exists():
         raise BadInput(f"--out {args.out} holds samples already: choose another folder")
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)  # now: if it fails, nothing is drawn in vain
     ranks, model = Ranks(args.device), AveragedModel(make_model(args))
     restore(args.run, checkpoint, ema=model)
     shape = f"{args.frames} frames of {args.size}x{args.size}"
@@ -1296,7 +1307,15 @@ def within(kind, low, high):
     return read
 
 
+def filled(text):
+    """A text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 COUNT, COUNT_OR_0, SEED = within(int, 1, 10**9), within(int, 0, 10**9), within(int, 0, 2**31 - 1)
+SIDE = within(int, 1, 2**15)
 SHARE, ON, ON_OFF = within(float, 0, 1), dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
 
 
@@ -1329,16 +1348,16 @@ DRAWING = (
     ("--guidance", within(float, -100, 100), 1.0, "weight of the class: 0 ignores it, more than 1 exaggerates it"),
     ("--fps", within(float, 0.1, 100), (8.0, 8.0), "frames per second of the GIFs"),
 )
-DEVICE = ("--device", str, BEST_DEVICE, "cuda, cuda:1, mps or cpu: the best there is")
+DEVICE = ("--device", filled, BEST_DEVICE, "cuda, cuda:1, mps or cpu: the best there is")
 TRAINING = {
     "data": (
-        ("--data", str, "maze", "'maze', or a file or a folder (at any depth) of videos, arrays or image sequences"),
+        ("--data", filled, "maze", "'maze', or a file or a folder (at any depth) of videos, arrays or image sequences"),
         ("--split", dict(choices=("train", "test", "all")), None, "part of a data set that has folders train/ and "
          "test/, or lists as CARLA and UCF101 (default train; the papers train on all); others are taken whole"),
         ("--antialias", ON_OFF, True, "in reducing videos to --size (default yes; the papers: no)"),
         ("--latents", ON, False, "files in --data are float arrays (frames, size, size, channels) of any values, "
          "such as a VAE's latents, which are trained on as they are (default off)"),
-        ("--size", COUNT, (32, 16), "height and width in pixels"),
+        ("--size", SIDE, (32, 16), "height and width in pixels"),
         ("--frames", COUNT, (16, 8), "frames per video"),
         ("--workers", within(int, 0, 1024), None, "processes that decode files (default: up to 8) and load batches "
          "(default: none on a CPU, else up to 8)"),
@@ -1349,7 +1368,7 @@ TRAINING = {
     "model": (
         ("--backbone", dict(choices=BACKBONES), "unet", "network"),
         ("--target", dict(choices=("eps", "v", "x0")), "v", "what it predicts"),
-        ("--diffusion-steps", COUNT, 256, "steps of the schedule"),
+        ("--diffusion-steps", within(int, 1, 10**6), 256, "steps of the schedule"),
     ),
     "U-Net (--backbone unet)": UNET,
     "DiM (--backbone dim)": DIM,
@@ -1370,8 +1389,8 @@ TRAINING = {
         ("--recompute", ON_OFF, False, "compute activations twice: less memory, more time (default off)"),
     ),
     "run": (
-        ("--out", str, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
-        ("--resume", dict(metavar="RUN"), None, "go on with the run in this folder, or from a checkpoint in it, with "
+        ("--out", filled, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
+        ("--resume", dict(metavar="RUN", type=filled), None, "go on with the run in this folder, or from a checkpoint in it, with "
          "its arguments, but on the best device; only steps, samples, data's place, speed and memory may change, and "
          "batch, grad-accum and processes if their product stays"),
         ("--save-every", COUNT, None, "steps from checkpoint to checkpoint (default: only with samples and scores)"),
@@ -1381,25 +1400,30 @@ TRAINING = {
         ("--eval-every", COUNT_OR_0, 0, "steps from score to score, 0 for no scores"),
         ("--eval-videos", within(int, 2, 10**9), (64, 64), "samples and held-out videos of a score; few score high, "
          "compare equal numbers only"),
-        ("--i3d", dict(metavar="FILE"), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
+        ("--i3d", dict(metavar="FILE", type=filled), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
         *DRAWING,
     ),
 }  # fmt: skip
-SAMPLING = (
-    ("--videos", COUNT, 8, "how many"),
-    ("--frames", COUNT, None, "frames per video, any number (default: as trained)"),
-    ("--size", COUNT, None, "height and width in pixels (default: as trained)"),
-    ("--batch", COUNT, 8, "videos drawn at a time"),
-    ("--seed", SEED, 0, "of the noise"),
-    DEVICE,
-    ("--out", str, None, "folder to write to (default RUN/sampled, numbered if taken)"),
-    ("--class", dict(dest="label", metavar="CLASS"), None, "name or number of the class (default: all in turn)"),
-    *((flag, how, None, f"{text} (default: that of the run)") for flag, how, _, text in DRAWING),
-)
+SAMPLING = {
+    "videos": (
+        ("--videos", COUNT, 8, "how many"),
+        ("--frames", COUNT, None, "frames per video, any number (default: as trained)"),
+        ("--size", SIDE, None, "height and width in pixels (default: as trained)"),
+        ("--class", dict(dest="label", metavar="CLASS"), None, "name or number of the class (default: all in turn)"),
+        ("--seed", SEED, 0, "of the noise"),
+    ),
+    "sampler": tuple((flag, how, None, f"{text} (default: that of the run)") for flag, how, _, text in DRAWING),
+    "run": (
+        ("--batch", COUNT, 8, "videos drawn at a time"),
+        DEVICE,
+        ("--out", filled, None, "folder to write to (default RUN/sampled, numbered if taken)"),
+    ),
+}
 
 
-def add_options(group, rows):
-    """Add a table's options to a group of a parser, or to the parser."""
+def add_options(parser, title, rows):
+    """Add a table's options to a parser, as a group."""
+    group = parser.add_argument_group(title)
     for flag, how, default, text in rows:
         option = group.add_argument(flag, **how if isinstance(how, dict) else {"type": how})
         option.default = None if isinstance(default, tuple) else default
@@ -1419,23 +1443,24 @@ def training_parser():
                "torchrun --nproc_per_node N train.py ...    trains on N GPUs (or, with --device cpu, N processes)",
     )  # fmt: skip
     for title, rows in TRAINING.items():
-        add_options(parser.add_argument_group(title), rows)
+        add_options(parser, title, rows)
     return parser
 
 
 def sampling_parser():
     """Options of sampling."""
     parser = Parser(prog="train.py sample", description="Draw videos from a checkpoint.")
-    parser.add_argument("run", help="folder of a run, or a checkpoint in it")
-    add_options(parser, SAMPLING)
+    parser.add_argument("run", type=filled, help="folder of a run, or a checkpoint in it")
+    for title, rows in SAMPLING.items():
+        add_options(parser, title, rows)
     return parser
 
 
 def plotting_parser():
     """Options of curves."""
     parser = Parser(prog="train.py plot", description="Draw the curves of runs, side by side.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", help="PNG to write (default curves.png in the first run)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=filled, help="folder of a run")
+    parser.add_argument("--out", type=filled, help="PNG to write (default curves.png in the first run)")
     return parser
 
 
@@ -1452,6 +1477,13 @@ def dest(flag):
 NEEDS = {"--cond-drop": "--class-cond", "--i3d": "--eval-every", "--eval-videos": "--eval-every"}  # to have an effect
 
 
+def check_needs(given, args):
+    """Raise BadInput if a flag that is given has no effect."""
+    for flag, needed in NEEDS.items():
+        if getattr(given, dest(flag)) is not None and not getattr(args, dest(needed)):
+            raise BadInput(f"{flag} has no effect without {needed}: give both or neither")
+
+
 def complete(args):
     """Fill in what depends on other arguments, unless they contradict each other (BadInput)."""
     given = lambda *flags: [flag for flag in flags if getattr(args, dest(flag)) is not None]
@@ -1460,9 +1492,7 @@ def complete(args):
     if args.latents and (args.size or args.eval_every or args.fps or not args.antialias):
         raise BadInput("--latents are not resized, scored or drawn: leave out --size, --no-antialias, --eval-every "
                        "and --fps")  # fmt: skip
-    for flag in given(*NEEDS):
-        if not getattr(args, dest(NEEDS[flag])):
-            raise BadInput(f"{flag} has no effect without {NEEDS[flag]}: give both or neither")
+    check_needs(args, args)
     args.data, args.i3d = absolute(args.data), args.i3d and absolute(args.i3d)
     other = "dim" if args.backbone == "unet" else "unet"
     if alien := given(*(flag for flag, *_ in BACKBONES[other])):
@@ -1506,6 +1536,7 @@ def resumed(parser, argv, given):
     saved = checkpoint["args"] | {"device": BEST_DEVICE, "out": str(run)}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    check_needs(given, args)
     args.data, args.i3d = absolute(args.data), args.i3d and absolute(args.i3d)
     changed = [name for name in saved if name not in FREE and getattr(args, name) != saved[name]]
     if changed:
@@ -1521,7 +1552,8 @@ def check(args):
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = re.split("[.] |[.]?\n", str(error))[0]  # the first sentence
+        raise BadInput(f"--device {args.device} cannot be used here: {why}") from error
     if args.amp and args.device.startswith("cuda") and not computes_bfloat16(args.device):
         raise BadInput(f"--amp needs bfloat16, which {args.device} does not have: give --no-amp")
     if args.compile:
@@ -1529,12 +1561,17 @@ def check(args):
             torch.compile(torch.sin)(torch.zeros(1, device=args.device))
         except Exception as error:  # of Triton or a C++ compiler
             raise BadInput(f"--compile fails here, leave it out: {str(error).strip().splitlines()[0]}") from error
+    if args.eval_every and args.i3d and not Path(args.i3d).is_file():
+        raise BadInput(f"--i3d {args.i3d} does not exist: python fvd.py --help tells where the weights come from; "
+                       "without --i3d the score is FD-random")  # fmt: skip
     if args.eval_every and args.frames < 9:
         raise BadInput(f"--eval-every needs --frames 9 or more, the least that I3D takes, not {args.frames}")
     if args.sampler == "dpm" and args.eta:
         raise BadInput(f"--sampler dpm adds no noise, --eta {args.eta} does: give --eta 0, or --sampler ddim")
     if args.guidance != 1 and not args.class_cond:
         raise BadInput(f"--guidance {args.guidance} needs a model that knows classes: train one with --class-cond")
+    if args.label is not None and args.guidance == 0:
+        raise BadInput("--guidance 0 ignores the class: leave it out, or --class")
     if args.guidance != 1 and not args.cond_drop:
         raise BadInput(f"--guidance {args.guidance} needs a model that knows no class, too: train with --cond-drop 0.1")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
@@ -1542,7 +1579,7 @@ def check(args):
     try:
         with torch.device("meta"):
             factor = make_model(args).factor
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # of sizes that overflow
         raise BadInput(str(error)) from error
     if args.size % factor:
         why = f"--patch {args.patch}" if args.backbone == "dim" else f"--dim-mults {','.join(map(str, args.dim_mults))}"
@@ -1574,9 +1611,12 @@ if __name__ == "__main__":
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is intact"
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        lost = re.search("(closed|reset) by peer|remote process exited", str(error))  # what gloo and NCCL say
+        if isinstance(error, RuntimeError) and not lost and not re.search("out of memory|allocate memory", str(error)):
             raise
         message = "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
+        if lost:
+            message = "another process of this run has ended, and so does this one; what was written before is intact"
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell expects of Ctrl-C
     else:
