@@ -40,6 +40,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -362,8 +363,8 @@ def resized_frames(video, size, antialias, batch=64):
 class VideoCache(Dataset):
     """Frames of every source, decoded once.    [i] -> description of source i, or a BadInput
 
-    A description is {"videos": [frames, ...], "skipped": [[name, reason], ...], "bytes": size of the file of frames}.
-    A source without a usable video leaves none, and is tried again by the next run.
+    A description is {"videos": [frames, ...], "skipped": [[name, reason], ...], "bytes": size of the file of frames,
+    "content": digest of the frames}. A source without a usable video leaves none, and is tried again by the next run.
     """
 
     def __init__(self, folder, sources, size, antialias=True):
@@ -410,14 +411,14 @@ class VideoCache(Dataset):
         """The description of source i if its frames are intact, else None."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             description = json.loads(self.keys[i].with_suffix(".json").read_text())
-            if self.file(i).stat().st_size == description["bytes"]:
+            if self.file(i).stat().st_size == description["bytes"] and description["content"]:
                 return description
 
     def __getitem__(self, i):
         try:
             if known := self.known(i):  # by now, perhaps: another process may build the same cache
                 return known
-            description = self.decode(i)
+            description = self.decode(i) | {"content": digest_of_frames(self.frames(i))}
             write_whole(self.keys[i].with_suffix(".json"), lambda path: path.write_text(json.dumps(description)))
             return description
         except UnreadableVideo as error:
@@ -497,6 +498,14 @@ def digest(*facts):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
+def digest_of_frames(frames):
+    """The same for the same numbers, wherever they are stored.    (n, ...) -> 64 hex digits"""
+    content = hashlib.sha256()
+    for frame in frames:
+        content.update(np.ascontiguousarray(frame))
+    return content.hexdigest()
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
     """The order of n videos in an epoch.    -> (n)"""
@@ -532,7 +541,8 @@ class FolderVideos(Dataset):
         self.cache = kind(folder, sources, size, detail)
         descriptions = self.cache.build(workers)
         self.skipped = [skipped for description in descriptions for skipped in description["skipped"]]
-        self.fingerprint = digest(size, antialias, [[os.path.relpath(s, path), state(s)] for s in sources])
+        contents = [[os.path.relpath(s, path), d.get("content")] for s, d in zip(sources, descriptions)]
+        self.fingerprint = digest(size, antialias, contents)
         self.classes = tuple(sorted({source.parent.name for source in sources}))
         videos = self.usable([description["videos"] for description in descriptions])
         if len(videos) <= held_out:
@@ -564,7 +574,10 @@ class FolderVideos(Dataset):
         epoch, k = divmod(i, len(self.videos))
         source, start, length, label = self.videos[epoch_order(self.seed, epoch, len(self.videos))[k]].tolist()
         start += np.random.default_rng([self.seed, epoch, k]).integers(length - self.frames + 1)
-        return to_model_range(self.cache.frames(source)[start : start + self.frames]), label
+        try:
+            return to_model_range(self.cache.frames(source)[start : start + self.frames]), label
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.cache.file(source)} was changed or removed: go on with --resume") from error
 
     def __str__(self):
         short = f", {self.too_short} shorter than {self.frames} frames left out" if self.too_short else ""
@@ -602,7 +615,9 @@ def write_gif(path, videos, fps):
     rows = math.ceil(math.sqrt(len(videos)))
     blank = np.zeros_like(videos[:1]).repeat(-len(videos) % rows, axis=0)
     grid = np.concatenate([enlarge(videos, 96), enlarge(blank, 96)])
-    iio.imwrite(path, rearrange(grid, "(r s) f h w c -> f (r h) (s w) c", r=rows), duration=1000 / fps, loop=0)
+    picture = rearrange(grid, "(r s) f h w c -> f (r h) (s w) c", r=rows)
+    write = partial(iio.imwrite, image=picture, extension=".gif", duration=1000 / fps, loop=0)
+    write_whole(path, write)
 
 
 def write_npz(path, videos):
@@ -616,7 +631,7 @@ def read_log(run):
     lines = []
     try:
         for text in Path(run, "log.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or not ours
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # half, foreign
                 line = json.loads(text)
                 lines.append(line | {"step": int(line["step"])})
     except OSError as error:
@@ -690,13 +705,16 @@ def plot(args):
 
 
 def write_whole(path, write):
-    """Call write(temporary path), then rename it to `path`. Raises BadInput if that fails."""
+    """Call write(temporary path), then, once it is on the disk, rename it to `path`. Raises BadInput if that fails."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # a pid may be another machine's, too
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise BadInput(f"{path} cannot be written ({error}); what it held before is intact") from error
+        why = error if isinstance(error, OSError) else f"is the disk full? {error}"
+        raise BadInput(f"{path} cannot be written ({why}); what it held before is intact") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -748,30 +766,37 @@ def run_folder(path):
 
 def load_checkpoint(run):
     """A run's folder or one of its checkpoints -> dict on the CPU. Raises BadInput, naming the checkpoint before it."""
-    path = next(iter(checkpoints(run)), Path(run, "checkpoint-*.pt")) if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist: give the folder of a run that has written a checkpoint")
+    path = next(iter(checkpoints(run)), None) if Path(run).is_dir() else Path(run)
+    if not (path and path.exists() or path in checkpoints(run_folder(run))):  # a link in a run may lead nowhere
+        what = "holds no checkpoint" if Path(run).is_dir() else "does not exist"
+        raise BadInput(f"{run} {what}: give the folder of a run that has written one")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
-            if damaged := file.testzip():
-                raise ValueError(damaged)
+            if broken := file.testzip():
+                raise ValueError(broken)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        keys = "args", "step", "per_step", "data", "torch", "model", "ema", "optimizer"
-        return {key: checkpoint[key] for key in keys}
+        kinds = dict(args=dict, step=int, per_step=int, data=str, torch=str, model=dict, ema=dict, optimizer=dict)
+        if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]:
+            raise TypeError(wrong)
+        return {"path": path} | {key: checkpoint[key] for key in kinds}
     except Exception as error:  # zip, pickle and torch share no narrower class
-        before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
-        mend = f"; go on from the one before it: --resume {shlex.quote(str(before[0]))}" if before else ""
-        what = f"is not a checkpoint of train.py, or is damaged ({type(error).__name__})"
-        raise BadInput(f"{path} {what}{mend}") from error
+        raise damaged(path, f"is not a checkpoint of train.py, or is damaged ({type(error).__name__})") from error
 
 
-def restore(run, checkpoint, **parts):
+def damaged(path, what):
+    """A BadInput that names a checkpoint, says what is wrong with it and offers the one before it."""
+    before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
+    mend = f"; go on from the one before it: --resume {shlex.quote(str(before[0]))}" if before else ""
+    return BadInput(f"{path} {what}{mend}")
+
+
+def restore(checkpoint, **parts):
     """Load the states of modules and optimisers, given by their names in the checkpoint. Raises BadInput."""
     for name, thing in parts.items():
         try:
             thing.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"the {name} in the checkpoint of {run} does not fit its arguments: damaged?") from error
+            raise damaged(checkpoint["path"], f"holds a {name} that does not fit its arguments") from error
 
 
 def rewind(out, step):
@@ -1048,7 +1073,7 @@ class Run:
         if checkpoint["torch"] != torch.__version__:
             print(f"note        the run began with torch {checkpoint['torch']}, this is {torch.__version__}")
         self.step = checkpoint["step"]
-        restore(args.out, checkpoint, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        restore(checkpoint, model=self.model, ema=self.ema, optimizer=self.optimizer)
 
     def announce(self):
         """Print what the run will do."""
@@ -1237,7 +1262,7 @@ def sample(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)  # now: if it fails, nothing is drawn in vain
     ranks, model = Ranks(args.device), AveragedModel(make_model(args))
-    restore(args.run, checkpoint, ema=model)
+    restore(checkpoint, ema=model)
     shape = f"{args.frames} frames of {args.size}x{args.size}"
     print(f"{args.videos} x {shape}, {args.sample_steps} steps each, on {args.device}")
     progress = partial(tqdm, disable=not ranks.main)
@@ -1390,9 +1415,9 @@ TRAINING = {
     ),
     "run": (
         ("--out", filled, None, "folder of the run (default runs/ and the data's name, numbered if taken)"),
-        ("--resume", dict(metavar="RUN", type=filled), None, "go on with the run in this folder, or from a checkpoint in it, with "
-         "its arguments, but on the best device; only steps, samples, data's place, speed and memory may change, and "
-         "batch, grad-accum and processes if their product stays"),
+        ("--resume", dict(metavar="RUN", type=filled), None, "go on with the run in this folder, or from a checkpoint "
+         "in it, with its arguments, but on the best device; only steps, samples, data's place, speed and memory may "
+         "change, and batch, grad-accum and processes if their product stays"),
         ("--save-every", COUNT, None, "steps from checkpoint to checkpoint (default: only with samples and scores)"),
         ("--keep", COUNT, 2, "checkpoints kept, the newest ones"),
         ("--sample-every", COUNT, (2000, 500), "steps from sample to sample"),
@@ -1400,7 +1425,8 @@ TRAINING = {
         ("--eval-every", COUNT_OR_0, 0, "steps from score to score, 0 for no scores"),
         ("--eval-videos", within(int, 2, 10**9), (64, 64), "samples and held-out videos of a score; few score high, "
          "compare equal numbers only"),
-        ("--i3d", dict(metavar="FILE", type=filled), None, "I3D's weights, see fvd.py; without them it is FD-random, not FVD"),
+        ("--i3d", dict(metavar="FILE", type=filled), None, "I3D's weights, see fvd.py; without them it is FD-random, "
+         "not FVD"),
         *DRAWING,
     ),
 }  # fmt: skip
@@ -1570,8 +1596,6 @@ def check(args):
         raise BadInput(f"--sampler dpm adds no noise, --eta {args.eta} does: give --eta 0, or --sampler ddim")
     if args.guidance != 1 and not args.class_cond:
         raise BadInput(f"--guidance {args.guidance} needs a model that knows classes: train one with --class-cond")
-    if args.label is not None and args.guidance == 0:
-        raise BadInput("--guidance 0 ignores the class: leave it out, or --class")
     if args.guidance != 1 and not args.cond_drop:
         raise BadInput(f"--guidance {args.guidance} needs a model that knows no class, too: train with --cond-drop 0.1")
     if not 1 <= args.sample_steps <= args.diffusion_steps:
@@ -1602,24 +1626,30 @@ def main(argv):
     train(args, checkpoint)
 
 
+def explain(error):
+    """What to tell the user of an error; None if it is a bug, whose traceback is wanted."""
+    text = str(error).strip()
+    if isinstance(error, BadInput):
+        return text.rpartition("BadInput: ")[2]  # of a loader's process it comes with a traceback
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or text}; what was written before is intact"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        return "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
+    if re.search("DataLoader worker .* (killed|exited)", text):
+        return "a process that loads data was killed, perhaps for want of memory: go on with --resume, fewer --workers"
+    if re.search("(closed|reset) by peer|remote process exited", text):  # what gloo and NCCL say
+        return "another process of this run has ended, and so does this one; what was written before is intact"
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
     try:
         main(sys.argv[1:])
-    except BadInput as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is intact"
-    except (RuntimeError, MemoryError) as error:
-        lost = re.search("(closed|reset) by peer|remote process exited", str(error))  # what gloo and NCCL say
-        if isinstance(error, RuntimeError) and not lost and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        message = "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
-        if lost:
-            message = "another process of this run has ended, and so does this one; what was written before is intact"
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell expects of Ctrl-C
-    else:
-        sys.exit(0)
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:
+        message = explain(error)
+        print(f"train.py: {message}" if message else traceback.format_exc(), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if message else 1)  # sys.exit waits for loaders' processes, which this one may have lost hold of

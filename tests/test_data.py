@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,25 @@ def test_only_files_that_changed_are_decoded_again(tmp_path, monkeypatch):
     changed = videos_of(folder)
     assert changed.videos[:, 2].tolist() == [6, 9, 6] and decoded == ["1.npy"]
     assert changed.fingerprint != first.fingerprint
+
+
+def test_a_run_goes_on_with_a_copy_of_its_data_but_not_with_other_values(tmp_path):
+    write_videos(tmp_path / "v")
+    train.main([*TINY, "--data", str(tmp_path / "v"), "--steps", "1", "--out", "run"])
+    shutil.copytree(tmp_path / "v", tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    train.main(["--resume", "run", "--data", str(tmp_path / "copy"), "--steps", "2"])
+    video = np.load(tmp_path / "copy" / "1.npy")
+    np.save(tmp_path / "copy" / "1.npy", 255 - video)  # as many bytes
+    assert "no longer holds the videos" in refuses("--resume", "run", "--steps", 3)
+
+
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 1000), pathlib.Path.unlink], ids=["cut", "removed"])
+def test_a_cache_that_is_harmed_while_it_is_read_is_named(tmp_path, harm):
+    data = videos_of(write_videos(tmp_path / "v"))
+    for i in range(3):
+        harm(data.cache.file(i))
+    with pytest.raises(train.BadInput, match=r"\.u8 was changed or removed"):
+        data[0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted", "garbled", "of another kind", "half missing"])

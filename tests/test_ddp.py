@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import train
 
@@ -107,8 +109,9 @@ def test_a_signal_stops_all_processes_after_the_same_step_and_a_dead_one_ends_th
     wait_for(lambda: train.load_checkpoint(run)["step"] > stopped, process)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate()
+    _, errors = process.communicate()
     assert process.returncode != 0
+    assert "train.py: another process of this run has ended" in errors and "[rank" not in errors  # torch's tracebacks
     step = train.load_checkpoint(run)["step"]
     train.main(["--resume", str(run), "--batch", "2", "--steps", str(step + 2)])
     assert [line["step"] for line in log(run)] == list(range(1, step + 3))
@@ -128,6 +131,21 @@ def test_a_share_covers_every_item_once_whatever_the_number_of_processes():
                 ranks.gather = lambda x: shares.append(x) or x[None]
                 ranks.share(count, lambda items: torch.tensor(items))
             assert torch.stack(shares).flatten()[:count].tolist() == list(range(count))
+
+
+def test_a_stopped_run_on_several_machines_says_how_all_of_them_go_on(capsys):
+    ranks = SimpleNamespace(size=16, here=8)
+    train.Run.conclude(SimpleNamespace(ranks=ranks, step=3, out="run", bar=tqdm(disable=True), args=SimpleNamespace(steps=9)))
+    command = "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 train.py --resume run"
+    assert capsys.readouterr().out == f"stopped after step 3; go on with: {command}\n"
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"RANK": "abc"}, {"LOCAL_RANK": ""}])
+def test_variables_that_are_not_torchruns_are_told(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train.BadInput, match="not by torchrun"):
+        train.Ranks("cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])

@@ -101,6 +101,55 @@ def test_the_last_checkpoints_are_kept_and_know_the_run():
     assert checkpoint["torch"] == torch.__version__ and checkpoint["args"]["lr"] == 1e-3 and checkpoint["per_step"] == 2
 
 
+ACCIDENT = f"""
+import multiprocessing, os, runpy, shutil, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import vdm_ssm
+
+def losses(*_, real=vdm_ssm.GaussianDiffusion.losses):
+    if what == "bug":
+        raise RuntimeError("a bug")
+    elif what == "cache":
+        shutil.rmtree("cache", ignore_errors=True)
+    else:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return real(*_)
+
+what = sys.argv.pop(1)
+vdm_ssm.GaussianDiffusion.losses = losses
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("what, code, told", [
+    ("bug", 1, "RuntimeError: a bug"),
+    ("kill", 2, "that loads data was killed"),
+    ("cache", 2, ".u8 was changed or removed"),
+])  # fmt: skip
+def test_an_accident_ends_a_run_whose_loaders_ignore_signals(what, code, told):
+    np.save("videos.npy", np.zeros((4, 9, 8, 8, 3), np.uint8))
+    command = [sys.executable, "-c", ACCIDENT, what, *TINY, "--data", "videos.npy", "--steps", "100", "--workers", "2"]
+    done = subprocess.run([*command, "--out", "run"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and told in done.stderr
+    assert ("Traceback" in done.stderr) == (what == "bug")
+
+
+@pytest.mark.parametrize("harm", ["link", "shapes", "arguments"])
+def test_the_checkpoint_before_is_offered_whatever_is_wrong_with_the_newest(harm):
+    run("run", 4, "--save-every", 2)
+    path = pathlib.Path("run/checkpoint-000004.pt")
+    state = torch.load(path, weights_only=True)
+    path.unlink()
+    if harm == "link":
+        path.symlink_to("nowhere")
+    else:
+        first = next(iter(state["model"]))
+        damage = {"model": state["model"] | {first: torch.zeros(1)}} if harm == "shapes" else {"args": None}
+        torch.save(state | damage, path)
+    told = refuses("--resume", "run", "--steps", 6)
+    assert told.startswith("run/checkpoint-000004.pt") and told.endswith("--resume run/checkpoint-000002.pt")
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on():
     run("run", 4, "--save-every", 2, "--sample-every", 4)
     whole = losses("run")

@@ -163,7 +163,7 @@ def test_samples_are_scored_against_videos_held_out_from_training(tmp_path, monk
     kept, held = train.make_data(args).videos, train.make_data(args, test=True).videos
     assert (len(kept), len(held)) == (3, 2) and not set(map(tuple, kept)) & set(map(tuple, held))
     assert "leaves none" in refuses(*scored, "--eval-videos", 5)
-    assert "no such file of weights" in refuses(*scored, "--i3d", "nowhere.pt")
+    assert "does not exist" in refuses(*scored, "--i3d", "nowhere.pt")
     assert "9 or more" in refuses(*scored, "--frames", 8)
 
 
