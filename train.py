@@ -1652,4 +1652,4 @@ if __name__ == "__main__":
         print(f"train.py: {message}" if message else traceback.format_exc(), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if message else 1)  # sys.exit waits for loaders' processes, which this one may have lost hold of
+        os._exit(2 if message else 1)  # sys.exit might wait for ever for loaders' processes, which ignore its SIGTERM
