@@ -758,6 +758,7 @@ def causal_conv(u, weight, bias, reverse=False):
     l, more = u.shape[1], weight.shape[2] - 1
     taps = weight.flip(2) if reverse else weight
     # Padded at both ends: y (b, l + more, d), where y_k has seen the frames k - more to k.
+    # (A view of the taps by unflatten gives a gradient that lies in memory as they do, which an index does not.)
     y = F.conv2d(u.mT[:, :, None], taps.unflatten(1, (1, 1)), padding=(0, more), groups=len(weight)).squeeze(2).mT
     return (y[:, more:] if reverse else y[:, :l]) + bias
 

@@ -318,3 +318,10 @@ def test_attention_in_tiles_is_attention(name, monkeypatch):
 def test_layers_of_one_maker_share_their_position_tables():
     maker = temporal_layer("attention")
     assert maker(16).bias is maker(32).bias and maker(16).rotary is maker(32).rotary
+
+
+@pytest.mark.parametrize("name", ["attention", "linear-attention", "bi-s4d", "bi-mamba"])
+def test_gradients_lie_in_memory_as_their_weights_do(name):  # else DistributedDataParallel copies them, and warns
+    layer = make(name)
+    layer(torch.randn(3, 7, 16)).sum().backward()
+    assert all(p.grad.stride() == p.stride() for p in layer.parameters() if p.grad is not None)
