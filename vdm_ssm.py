@@ -169,6 +169,11 @@ class S4D(nn.Module):
         self.log_A_real = nn.Parameter(torch.full((d, n // 2), math.log(0.5)))
         self.A_imag = nn.Parameter(repeat(math.pi * torch.arange(n // 2), "n -> d n", d=d).clone())
 
+    def _apply(self, fn, recurse=True):
+        # `model.bfloat16()` and `.half()` leave these parameters in float32: fast modes feel 1 % of dt.
+        wide = lambda x: fn(x) if fn(x).dtype not in (torch.bfloat16, torch.float16) else x.to(fn(x).device)
+        return super()._apply(wide, recurse)
+
     def discretise(self):
         """Parameters of the recurrence, complex.    -> dt A (d, n/2), C' (d, n/2)"""
         # For dt ~ 1e-3, exp(dt A) - 1 cancels: expm1, and float64 where there is one (a Mac's GPU has none).
@@ -192,6 +197,8 @@ class S4D(nn.Module):
 
     def forward(self, u, reverse=False):
         """u (b, l, d) -> y (b, l, d). `reverse`: y_k depends on u_k and what follows it."""
+        if len(u) == 0:
+            return u  # the FFT may refuse an empty batch
         l, x = u.shape[1], u.to(torch.promote_types(u.dtype, torch.float32))  # the FFT knows no bfloat16
         with torch.autocast(u.device.type, enabled=False):
             # The FFT's convolution is circular: with l zeros at its end, that does not touch its beginning.
@@ -269,10 +276,9 @@ class GLUBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, mlp), nn.GELU(), nn.Linear(mlp, d)) if mlp else nn.Identity()
 
     def forward(self, x):
-        act = self.ahead.activation
-        y = F.glu(self.ahead_proj(act(self.ahead(x))), dim=-1)
+        y = F.glu(self.ahead_proj(self.ahead.activation(self.ahead(x))), dim=-1)
         if self.back is not None:
-            y = y + F.glu(self.back_proj(act(self.back(x, reverse=True))), dim=-1)
+            y = y + F.glu(self.back_proj(self.back.activation(self.back(x, reverse=True))), dim=-1)
         return self.mlp(y)
 
 
@@ -321,8 +327,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dims=32):
         super().__init__()
-        # A parameter, though fixed: the official parameter counts include it.
-        self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, dims, 2) / dims), requires_grad=False)
+        freqs = 10000.0 ** (-torch.arange(0, dims, 2) / dims)
+        self.freqs = nn.Parameter(freqs, requires_grad=False)  # the official parameter counts include it
 
     def forward(self, x):
         # A pair is a complex number, and its turn one multiplication; the other features are turned by 0.
@@ -470,7 +476,7 @@ class PerFrame(nn.Module):
 
     def forward(self, x):
         y = self.layer(rearrange(x, "b c f h w -> (b f) c h w"))
-        return rearrange(y, "(b f) c h w -> b c f h w", b=len(x))
+        return rearrange(y, "(b f) c h w -> b c f h w", f=x.shape[2])
 
 
 class ResBlock(nn.Module):
@@ -502,9 +508,8 @@ class OverSpace(nn.Module):
         self.layer, self.norm = layer, nn.LayerNorm(c, bias=False)
 
     def forward(self, x):
-        b, c, f, h, w = x.shape
         y = self.layer(self.norm(rearrange(x, "b c f h w -> (b f) (h w) c")))
-        return x + rearrange(y, "(b f) (h w) c -> b c f h w", b=b, h=h)
+        return x + rearrange(y, "(b f) (h w) c -> b c f h w", f=x.shape[2], h=x.shape[3])
 
 
 class OverTime(nn.Module):
@@ -515,9 +520,8 @@ class OverTime(nn.Module):
         self.layer, self.norm = layer, nn.LayerNorm(c, bias=False)
 
     def forward(self, x):
-        b, c, f, h, w = x.shape
         y = self.layer(self.norm(rearrange(x, "b c f h w -> (b h w) f c")))
-        return x + rearrange(y, "(b h w) f c -> b c f h w", b=b, h=h)
+        return x + rearrange(y, "(b h w) f c -> b c f h w", h=x.shape[3], w=x.shape[4])
 
 
 # -----------------------------------------------------------------------------
@@ -985,8 +989,7 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
         D = torch.zeros(len(A), dtype=A.dtype, device=u.device)
     if initial_state is None:
         initial_state = torch.zeros(len(u), *A.shape, dtype=A.dtype, device=u.device)
-    compiled = torch.compiler.is_compiling()
-    y, last_state = SelectiveScan.run(u, dt, A, B, C, D, initial_state, reverse, compiled)
+    y, last_state = SelectiveScan.run(u, dt, A, B, C, D, initial_state, reverse, torch.compiler.is_compiling())
     return (y, last_state) if return_last_state else y
 
 
@@ -1018,8 +1021,7 @@ def check_recurrence(core, b=2, l=100, d=32):
     for u_k in u.unbind(1):
         y_k, state = ssm.step(u_k, state)
         ys.append(y_k)
-    error = relative_error(ssm(u), torch.stack(ys, 1))
-    print(f"{core.__name__}, all frames at once against one by one: {error:.0e}")
+    print(f"{core.__name__}, all at once and frame by frame: {relative_error(ssm(u), torch.stack(ys, 1)):.0e}")
 
 
 def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=64, d=64):
