@@ -989,8 +989,8 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
         D = torch.zeros(len(A), dtype=A.dtype, device=u.device)
     if initial_state is None:
         initial_state = torch.zeros(len(u), *A.shape, dtype=A.dtype, device=u.device)
-    y, last_state = SelectiveScan.run(u, dt, A, B, C, D, initial_state, reverse, torch.compiler.is_compiling())
-    return (y, last_state) if return_last_state else y
+    y, state = SelectiveScan.run(u, dt, A, B, C, D, initial_state, reverse, torch.compiler.is_compiling())
+    return (y, state) if return_last_state else y
 
 
 # -----------------------------------------------------------------------------
@@ -1021,7 +1021,7 @@ def check_recurrence(core, b=2, l=100, d=32):
     for u_k in u.unbind(1):
         y_k, state = ssm.step(u_k, state)
         ys.append(y_k)
-    print(f"{core.__name__}, all at once and frame by frame: {relative_error(ssm(u), torch.stack(ys, 1)):.0e}")
+    print(f"{core.__name__}, at once and frame by frame: {relative_error(ssm(u), torch.stack(ys, 1)):.0e}")
 
 
 def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=64, d=64):
