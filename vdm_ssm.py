@@ -381,8 +381,8 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale d^-0.5
 
     def forward(self, x):
-        qkv = self.to_qkv(x)
-        q, k, v = rearrange(qkv, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
+        split = lambda y: rearrange(y, "b l (heads d) -> b heads l d", heads=self.heads)
+        q, k, v = map(split, self.to_qkv(x).chunk(3, dim=-1))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         return self.to_out(rearrange(self.mix(q, k, v), "b heads l d -> b l (heads d)"))
