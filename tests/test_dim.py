@@ -1,13 +1,16 @@
-"""DiM is the identity's neighbour at first, sees all of a clip, and costs what its tokens cost."""
+"""DiM is the identity's neighbour at first, sees all of a clip, and costs what its tokens cost; and what both
+networks promise."""
 
 import copy
+import gc
 
 import pytest
 import torch
+from test_layers import silent_owners
 from test_unet import fill
 from torch import nn
 
-from vdm_ssm import DIM_SIZES, DiM, GaussianDiffusion, PeakMemory
+from vdm_ssm import DIM_SIZES, DiM, GaussianDiffusion, UNet3D, relative_error
 
 T = torch.tensor([3, 200])
 
@@ -18,6 +21,18 @@ def small(**changes):
 
 def video(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def kept_bytes(model, *inputs):
+    """What a forward pass keeps in memory for the backward pass, and its result."""
+    def held():
+        tensors = (x for x in gc.get_objects() if type(x) is torch.Tensor)
+        return sum({s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, tensors)}.values())
+
+    before = held()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # makes them objects of Python
+        y = model(*inputs)
+    return held() - before, y
 
 
 def without_positions(model):
@@ -128,44 +143,76 @@ def test_sizes_are_those_of_dit():
         assert all(len(DiM(**size).blocks) == size["depth"] for size in DIM_SIZES.values())
 
 
-def test_memory_is_linear_in_the_number_of_tokens():
-    model = fill(small(patch=1))
-    peaks = []
-    for f in (4, 8, 16):
-        with PeakMemory() as memory:
-            model(torch.randn(1, 3, f, 8, 8), T[:1]).sum().backward()
-        peaks.append(memory.peak)
-        model.zero_grad()
-    assert (peaks[2] - peaks[1]) <= 2.2 * (peaks[1] - peaks[0])
-
-
-def test_recomputing_gives_the_same_gradients_in_less_memory():
-    peaks, gradients = [], []
-    for recompute in (False, True):
-        model = copy.deepcopy(fill(small(depth=6, recompute=recompute)))  # as the average of the weights is made
-        x = torch.randn(1, 3, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        with PeakMemory() as memory:
-            model(x, T[:1]).sum().backward()
-        peaks.append(memory.peak)
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert peaks[1] < 0.5 * peaks[0]
-
-
-def test_autocast_gives_nearly_the_same_output_and_trains():
-    model = fill(small(cond_dim=3))
-    x, cond = torch.randn(2, 3, 3, 4, 4), torch.randn(2, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x, T, cond, torch.tensor([True, False]))
-        y.float().square().mean().backward()
-    exact = model(x, T, cond, torch.tensor([True, False]))
-    assert (y.float() - exact).norm() / exact.norm() < 0.1
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 def test_patches_that_do_not_fit_and_odd_widths_are_refused():
     with pytest.raises(ValueError, match="multiples of the patch, 4"):
         small(patch=4)(torch.zeros(1, 3, 2, 6, 8), T[:1])
     for d in (8, 20):
         with pytest.raises(ValueError, match="multiple of 8"):
             small(d=d)
+
+
+# ---- Both networks
+
+NETWORKS = {
+    "unet": lambda **changes: fill(UNet3D(**dict(dim=8, dim_mults=(1, 2), heads=2) | changes)),
+    "dim": lambda **changes: fill(small(**changes)),
+}
+both_networks = pytest.mark.parametrize("name", NETWORKS)
+X, COND = video(2, 3, 4, 8, 8).float(), torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0.5, 0, -2]])
+
+
+@both_networks
+def test_memory_is_linear_in_the_number_of_frames(name):
+    model = NETWORKS[name]()
+    short, middle, long = (kept_bytes(model, video(1, 3, f, 8, 8).float(), T[:1])[0] for f in (16, 32, 64))
+    assert long - middle <= 2.2 * (middle - short)
+
+
+@both_networks
+def test_recomputing_gives_the_same_gradients_for_less_memory_also_in_a_copy(name):
+    found = []
+    for recompute in (False, True):
+        model = copy.deepcopy(NETWORKS[name](cond_dim=5, recompute=recompute))
+        kept, y = kept_bytes(model, X, T, COND)
+        y.square().sum().backward()
+        found.append((kept, y, [p.grad for p in model.parameters()]))
+    (kept, y, gradients), (kept_less, y_again, gradients_again) = found
+    assert kept_less < 0.5 * kept and torch.equal(y, y_again)
+    assert all(map(torch.equal, gradients, gradients_again))
+
+
+@both_networks
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_hook_of_every_module_with_a_weight_fires(name, recompute):
+    for temporal in ([{"temporal": "bi-mamba"}, {"temporal": "attention"}] if name == "unet" else [{}]):
+        model = NETWORKS[name](cond_dim=5, recompute=recompute, **temporal)
+        assert silent_owners(model, X, T, COND) == []
+
+
+@both_networks
+def test_an_empty_batch_gives_an_empty_result(name):
+    model = NETWORKS[name](cond_dim=5)
+    y = model(X[:0], T[:0], COND[:0])
+    y.sum().backward()
+    assert y.shape == X[:0].shape
+
+
+@both_networks
+@pytest.mark.parametrize("frames", [4, 40])
+def test_in_bfloat16_a_network_computes_nearly_the_same(name, frames):
+    model, x = NETWORKS[name](), video(2, 3, frames, 4, 4).float()
+    y = model(x, T)
+    assert relative_error(model.bfloat16()(x.bfloat16(), T), y) < 0.05
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("unet", {"temporal": "attention"}), ("unet", {"temporal": "bi-mamba"}), ("unet", {"temporal": "bi-s4d"}),
+    ("dim", {}),
+])  # fmt: skip
+def test_autocast_gives_nearly_the_same_output_and_trains(name, changes):
+    model = NETWORKS[name](cond_dim=5, **changes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(X, T, COND, torch.tensor([True, False]))
+        y.float().square().mean().backward()
+    assert relative_error(y, model(X, T, COND, torch.tensor([True, False]))) < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
