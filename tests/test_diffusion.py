@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from vdm_ssm import GaussianDiffusion, UNet3D, ddim, dpm_solver
+from vdm_ssm import GaussianDiffusion, ddim, dpm_solver
 
 SHAPE = (2, 3, 4, 8, 8)
 ancestral = partial(ddim, eta=1.0)
@@ -31,7 +31,8 @@ def test_schedule_is_the_official_cosine_schedule():
     assert math.isclose(d.noise_rate[0] ** 2, 0.000188826672994691, rel_tol=1e-6)
     assert math.isclose(alpha_bar[128], 0.487756504411292, rel_tol=1e-6)
     assert math.isclose(alpha_bar[255], 3.7059614172293e-09, rel_tol=1e-5)
-    assert math.isclose(beta[100], 0.00873118314624033, rel_tol=1e-4) and math.isclose(beta[255], 0.9999, rel_tol=1e-6)
+    assert math.isclose(beta[100], 0.00873118314624033, rel_tol=1e-4)
+    assert math.isclose(beta[255], 0.9999, rel_tol=1e-6)
     assert torch.allclose(d.signal_rate**2 + d.noise_rate**2, torch.ones(256))
 
 
@@ -66,11 +67,15 @@ def test_sampling_with_a_perfect_network_returns_the_video(target, steps, sample
     assert torch.allclose(x, x0, atol=1e-3)
 
 
+def shrink(x, t):
+    """A network that is cheap, wrong and not linear."""
+    return torch.tanh(x) * (0.5 + t.view(-1, 1, 1, 1, 1) / 40)
+
+
 def test_eta_one_on_all_steps_is_ancestral_sampling():
     """Against the posterior of DDPM, eq. 6-7, written out: mean and variance of each step."""
     torch.manual_seed(0)
-    model = UNet3D(dim=8, dim_mults=(1, 2), heads=1).double()
-    d = GaussianDiffusion(model, steps=7, target="eps").double()
+    d = GaussianDiffusion(shrink, steps=7, target="eps").double()
     x = start = torch.randn(SHAPE, dtype=torch.float64)
     torch.manual_seed(1)
     sampled = d.sample(start, sampler=ancestral)
@@ -79,19 +84,15 @@ def test_eta_one_on_all_steps_is_ancestral_sampling():
     for t in reversed(range(7)):
         before = alpha_bar[t - 1] if t else torch.tensor(1.0).double()
         beta = 1 - alpha_bar[t] / before
-        with torch.no_grad():
-            eps = model(x, torch.full((2,), t))
-        x0 = ((x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()).clamp(-1, 1)
-        mean = before.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - before) * x
+        x0 = (x - (1 - alpha_bar[t]).sqrt() * shrink(x, torch.full((2,), t))) / alpha_bar[t].sqrt()
+        mean = before.sqrt() * beta * x0.clamp(-1, 1) + (1 - beta).sqrt() * (1 - before) * x
         mean, variance = mean / (1 - alpha_bar[t]), (1 - before) / (1 - alpha_bar[t]) * beta
         x = mean + variance.sqrt() * torch.randn_like(x) if t else mean
     assert torch.allclose(sampled, x, atol=1e-5)
 
 
 def test_without_noise_sampling_is_deterministic_and_the_result_is_within_range():
-    torch.manual_seed(0)
-    d = GaussianDiffusion(UNet3D(dim=8, dim_mults=(1, 2), heads=1), steps=20)
-    start = torch.randn(SHAPE)
+    d, start = GaussianDiffusion(shrink, steps=20), torch.randn(SHAPE)
     for sampler in (ddim, dpm_solver):
         once, again = d.sample(start, 5, sampler), d.sample(start, 5, sampler)
         assert torch.equal(once, again) and once.abs().max() <= 1
@@ -105,24 +106,29 @@ def test_latents_are_not_clipped():
         assert torch.allclose(x, torch.tensor(value), atol=1e-3)
 
 
-@pytest.mark.parametrize("steps", [0, 21, -1])
-def test_impossible_numbers_of_steps_are_refused(steps):
-    with pytest.raises(ValueError, match="1 to 20"):
-        GaussianDiffusion(None, steps=20).sample(torch.randn(SHAPE), steps)
+@pytest.mark.parametrize("target", ["v", "x0"])
+def test_without_clip_samples_of_data_of_std_1_have_it_though_the_network_errs(target):
+    """The best network for N(0, 1) says 0 for v and signal x for x0; here with 5 % of error."""
+    torch.manual_seed(0)
+    best = lambda x, t: d.rates(t)[0] * x if target == "x0" else torch.zeros_like(x)
+    d = GaussianDiffusion(lambda x, t: best(x, t) + 0.05 * torch.randn_like(x), target=target, clip=False)
+    assert abs(d.sample(torch.randn(64, 3, 2, 4, 4)).std() - 1) < 0.1
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
-def test_impossible_eta_is_refused(eta):
-    with pytest.raises(ValueError, match="eta"):
-        ddim(None, torch.randn(SHAPE), [0], [0.5, 1.0], [0.5, 0.0], eta)
-
-
-def test_unknown_target_is_refused():
+def test_impossible_choices_are_refused():
+    for steps in (0, 21, -1):
+        with pytest.raises(ValueError, match="1 to 20"):
+            GaussianDiffusion(None, steps=20).sample(torch.randn(SHAPE), steps)
+    for eta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="eta"):
+            ddim(None, torch.randn(SHAPE), [0], [0.5, 1.0], [0.5, 0.0], eta)
     with pytest.raises(ValueError, match="eps, v or x0"):
         GaussianDiffusion(None, target="score")
+    with pytest.raises(ValueError, match="eps needs clip.*choose target v or x0"):
+        GaussianDiffusion(None, target="eps", clip=False)
 
 
-# Gaussian data N(MEAN, COVARIANCE): the best guess of x_0 is linear in x_t, so a whole sampler is affine in its noise,
+# Gaussian data N(MEAN, COVARIANCE): the best guess of x_0 is linear in x_t. So a sampler is affine in its noise,
 # and its exact law follows from where it takes 0 and the unit vectors.
 
 VARIANCES = torch.tensor([0.6, 0.2, 0.05], dtype=torch.float64)
@@ -138,7 +144,7 @@ def best_guess(x, signal, noise):
 
 def best_network(target, steps=256):
     """The diffusion around the best network for this data."""
-    d = GaussianDiffusion(None, steps, target, clip=False).double()
+    d = GaussianDiffusion(None, steps, target).double()
 
     def model(x, t):
         signal, noise = d.signal_rate[t[0]], d.noise_rate[t[0]]
@@ -146,12 +152,12 @@ def best_network(target, steps=256):
         eps = (x - signal * x0) / noise
         return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[target]
 
-    d.model = model
+    d.model, d.clip = model, False
     return d
 
 
 def law(d, steps, sampler):
-    """Exact mean and covariance of samples. Row 0 has no noise; each other row has one unit of it at one place."""
+    """Exact mean and covariance of samples. Row 0 has no noise, each other row a unit of it at one place."""
     rows = torch.zeros(1 + 3 * (1 + steps), 3, dtype=torch.float64)
     noises = iter(range(1, len(rows), 3))
 
@@ -168,38 +174,18 @@ def law(d, steps, sampler):
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
 @pytest.mark.parametrize("sampler, steps, error", [
-    (ancestral, 256, 0.03), (ddim, 256, 0.015), (ddim, 50, 0.06), (dpm_solver, 256, 0.002), (dpm_solver, 50, 0.003),
+    (ancestral, 256, 0.03), (ddim, 256, 0.015), (ddim, 50, 0.06), (dpm_solver, 50, 0.003),
 ])  # fmt: skip
 def test_samples_of_gaussian_data_have_its_mean_and_covariance(target, sampler, steps, error):
     mean, covariance = law(best_network(target), steps, sampler)
     assert torch.allclose(mean, MEAN, atol=1e-3)
     assert (covariance - COVARIANCE).norm() < error * COVARIANCE.norm()
-    assert ((TURN.T @ covariance @ TURN).diagonal() / VARIANCES - 1).abs().max() < 3 * error  # the small ones as well
-
-
-@pytest.mark.parametrize("steps", [5, 10, 20])
-def test_the_second_order_is_nearer_also_in_few_steps(steps):
-    first, second = (law(best_network("v"), steps, sampler)[1] for sampler in (ddim, dpm_solver))
-    assert (second - COVARIANCE).norm() < 0.7 * (first - COVARIANCE).norm()
-
-
-def test_eta_one_on_all_steps_has_the_variance_of_ancestral_sampling():
-    """Along each axis, the variance that DDPM's posterior, eq. 6-7, leaves after every step, starting from 1."""
-    d = best_network("eps", 40)
-    alpha_bar, variance = d.signal_rate.square(), torch.ones(3).double()
-    for t in reversed(range(40)):
-        before = alpha_bar[t - 1] if t else torch.tensor(1.0).double()
-        beta = 1 - alpha_bar[t] / before
-        guess = alpha_bar[t].sqrt() * VARIANCES / (alpha_bar[t] * VARIANCES + 1 - alpha_bar[t])
-        slope = (before.sqrt() * beta * guess + (1 - beta).sqrt() * (1 - before)) / (1 - alpha_bar[t])
-        variance = slope**2 * variance + beta * (1 - before) / (1 - alpha_bar[t])
-    _, covariance = law(d, 40, ancestral)
-    assert torch.allclose(TURN.T @ covariance @ TURN, torch.diag(variance), atol=1e-6)
+    assert ((TURN.T @ covariance @ TURN).diagonal() / VARIANCES - 1).abs().max() < 3 * error
 
 
 @pytest.mark.parametrize("sampler, order", [(ddim, 1), (dpm_solver, 2)])
 def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
-    """Against the probability flow, which stretches x_t - signal MEAN with its standard deviation along each axis."""
+    """Against the probability flow, which stretches x_t - signal MEAN as its deviation on each axis."""
     start, errors = torch.eye(3, dtype=torch.float64), []
     for steps in (64, 128, 256):
         r = torch.linspace(-2, 3, steps + 1).double()  # log(signal / noise)

@@ -2,14 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vdm_ssm import (S4D, S6, TEMPORAL_LAYERS, CausalConv, RelativeBias, RotaryEmbedding, relative_error,
-                     temporal_layer)  # fmt: skip
+from vdm_ssm import S4D, S6, TEMPORAL_LAYERS, CausalConv, RelativeBias, RotaryEmbedding, relative_error
+from vdm_ssm import temporal_layer
 
 every_layer = pytest.mark.parametrize("name", TEMPORAL_LAYERS)
 
@@ -77,8 +76,9 @@ def test_16_bit_layers_compute_nearly_the_same(name, l):
     layer, x = make(name), torch.randn(3, l, 16)
     y, rounded = layer(x), layer.bfloat16()(x.bfloat16())
     assert rounded.dtype == torch.bfloat16 and relative_error(rounded, y) < 0.05
-    if "attention" in name:
-        assert relative_error(make(name).half()(x.half()), y) < 0.05
+    assert relative_error(make(name).half()(x.half()), y) < 0.05
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(make(name)(x), y) < 0.05
 
 
 @every_layer
@@ -91,8 +91,8 @@ class Adapter(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.linear = linear
-        self.down, self.up = nn.Linear(linear.in_features, 2, bias=False), nn.Linear(2, linear.out_features, bias=False)
+        self.linear, self.down = linear, nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
 
     def forward(self, x):
         return self.linear(x) + self.up(self.down(x))
@@ -126,11 +126,6 @@ def test_an_unknown_name_is_refused_with_the_choices():
         temporal_layer("mamba2")
 
 
-def test_layers_of_one_maker_share_their_position_tables():
-    maker = temporal_layer("attention")
-    assert maker(16).bias is maker(32).bias and maker(16).rotary is maker(32).rotary
-
-
 # ---- Cores
 
 
@@ -147,7 +142,7 @@ def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
     assert relative_error(found, ys) < 1e-12
     if l < 1000:
         both = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, ys))
-        assert all(relative_error(value, right) < 1e-10 for value, right in zip(*both))
+        assert all((value - right).norm() <= 1e-10 * right.norm() for value, right in zip(*both))
 
 
 @pytest.mark.parametrize("core", [S4D, S6, CausalConv])
@@ -164,29 +159,6 @@ def test_causal_conv_is_a_padded_depthwise_conv1d():
     assert torch.allclose(conv(u), padded, atol=1e-6)
 
 
-def test_s4d_gives_the_official_numbers():
-    rng = np.random.RandomState(0)
-    layer = S4D(3, n=8).double()
-    draws = {
-        "log_dt": rng.uniform(math.log(1e-3), math.log(1e-1), 3),
-        "C": rng.standard_normal((3, 4, 2)),
-        "log_A_real": math.log(0.5) + 0.3 * rng.standard_normal((3, 4)),
-        "A_imag": math.pi * np.arange(4) + 0.3 * rng.standard_normal((3, 4)),
-        "D": rng.standard_normal(3),
-    }
-    layer.load_state_dict({name: torch.from_numpy(value) for name, value in draws.items()})
-    u = torch.from_numpy(rng.standard_normal((1, 7, 3)))
-    K = [[0.01558898244, 0.01111442963, 0.005814333655, -0.0002425986393, -0.006979944332, -0.0143145778,
-          -0.02215774566],
-         [-0.0614303618, -0.07001409287, -0.07408568697, -0.07385919652, -0.0697679758, -0.06243196264,
-          -0.05261482415],
-         [-0.06940808911, -0.07273299932, -0.07555770005, -0.07785512351, -0.07960514902, -0.08079457112,
-          -0.08141696564]]  # fmt: skip
-    assert torch.allclose(layer.kernel(7), torch.tensor(K, dtype=torch.float64), rtol=1e-8, atol=1e-12)
-    y = torch.tensor([1.081081635, -0.170371706, -0.2387241464], dtype=torch.float64)
-    assert torch.allclose(layer(u)[0, 6], y, atol=1e-8)
-
-
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
     torch.manual_seed(0)
     layer = S4D(8, n=32, dt_min=1e-4, dt_max=1e-3)
@@ -194,53 +166,15 @@ def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
     assert relative_error(single, layer.double().kernel(300)) < 5e-8
 
 
-def test_s4d_kernel_of_one_mode_is_the_closed_form():
-    layer = S4D(1, n=2).double()
-    with torch.no_grad():  # A = -a, C = 1, dt: K_k = 2 exp(-a dt k) (1 - exp(-a dt)) / a
-        layer.log_A_real.fill_(math.log(0.7)), layer.A_imag.zero_(), layer.log_dt.fill_(math.log(0.3))
-        layer.C.copy_(torch.tensor([1.0, 0.0]))
-    closed = 2 * torch.exp(-0.21 * torch.arange(20).double()) * (1 - math.exp(-0.21)) / 0.7
-    assert torch.allclose(layer.kernel(20)[0], closed, rtol=1e-12)
-
-
-def test_autocast_does_not_touch_s4d():
-    layer, u = S4D(6), torch.randn(2, 65, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(u), layer(u.clone())) and layer(u).dtype == torch.float32
-        y = layer(u)
-    assert torch.equal(y, layer(u))
-
-
-def test_s4d_starts_as_s4d_lin():
+def test_cores_start_as_s4d_lin_and_mamba_do():
     torch.manual_seed(0)
-    layer = S4D(4096, n=8)
-    assert torch.allclose(layer.A_imag[0], math.pi * torch.arange(4.0))
-    assert torch.allclose(layer.log_A_real.exp(), torch.tensor(0.5))
-    assert 1e-3 <= layer.log_dt.exp().min() and layer.log_dt.exp().max() <= 1e-1
-    assert abs(layer.C.std() - math.sqrt(0.5)) < 0.01 and abs(layer.D.std() - 1) < 0.05
-
-
-def test_s6_gives_the_official_numbers():
-    rng = np.random.RandomState(0)
-    layer = S6(3, n=4).double()
-    names = {"A_log": (3, 4), "D": 3, "x_proj.weight": (9, 3), "dt_proj.weight": (3, 1), "dt_proj.bias": 3}
-    layer.load_state_dict({k: torch.from_numpy(0.5 * rng.standard_normal(s)) for k, s in names.items()})
-    u = torch.from_numpy(rng.standard_normal((1, 5, 3)))
-    y = [[-1.462357102, -0.06299194585, -0.8185088401], [0.05647610761, 0.09788200431, 0.3266553492],
-         [0.09491940511, -0.07542792407, -0.1412200239], [-0.01903535294, 0.1613735047, 0.08935720197],
-         [-0.1813670593, 0.2708808491, 0.03231691948]]  # fmt: skip
-    assert torch.allclose(layer(u)[0], torch.tensor(y, dtype=torch.float64), rtol=1e-8)
-
-
-def test_s6_starts_as_mamba_does():
-    torch.manual_seed(0)
-    layer = S6(64, n=16)
-    dt = F.softplus(layer.dt_proj.bias)
-    assert layer.x_proj.weight.shape == (4 + 32, 64) and layer.x_proj.bias is None  # rank 64 / 16
-    assert torch.allclose(layer.A_log.exp(), torch.arange(1.0, 17.0).expand(64, 16), rtol=1e-6)
-    assert torch.equal(layer.D, torch.ones(64))
-    assert 1e-3 <= dt.min() + 1e-6 and dt.max() <= 1e-1 + 1e-6 and dt.log().std() > 1
-    assert layer.dt_proj.weight.abs().max() <= 0.5
+    s4d, s6 = S4D(4096, n=8), S6(64, n=16)
+    for dt in (s4d.log_dt.exp(), F.softplus(s6.dt_proj.bias)):  # log-uniform
+        assert 0.999e-3 <= dt.min() and dt.max() <= 1.001e-1 and dt.log().std() > 1
+    assert torch.allclose(s4d.A_imag, math.pi * torch.arange(4.0)) and (s4d.log_A_real == math.log(0.5)).all()
+    assert abs(s4d.C.std() - math.sqrt(0.5)) < 0.01 and abs(s4d.D.std() - 1) < 0.05
+    assert torch.allclose(s6.A_log.exp(), torch.arange(1.0, 17.0)) and torch.equal(s6.D, torch.ones(64))
+    assert s6.dt_proj.weight.abs().max() <= 0.5  # rank 4
 
 
 # ---- Attention
@@ -253,14 +187,6 @@ def test_relative_bias_has_the_buckets_of_t5():
     assert table.bucket(torch.arange(-39, 40)).tolist() == [*before, 0, *after]
     bias = table(5)[0]  # (query, key)
     assert bias[1, 3] == table.table.weight[18, 0] and bias[3, 1] == table.table.weight[2, 0]
-
-
-def test_rotary_embedding_turns_adjacent_pairs_and_leaves_the_rest():
-    x = torch.zeros(2, 64)
-    x[1, 0] = x[1, 2] = x[1, 40] = 1
-    y = RotaryEmbedding(32)(x)[1]
-    assert torch.allclose(y[:4], torch.tensor([0.540302, 0.841471, 0.846009, 0.533168]), atol=1e-6)
-    assert y[40] == 1 and y[32:].sum() == 1
 
 
 def test_rotary_products_depend_on_the_distance_only():

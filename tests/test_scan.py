@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from vdm_ssm import (SelectiveScan, relative_error, scan_in_chunks, selective_scan, selective_scan_loop,
-                     temporal_layer)  # fmt: skip
+from vdm_ssm import SelectiveScan, relative_error, scan_in_chunks, selective_scan, selective_scan_loop
+from vdm_ssm import temporal_layer
 
 CHUNK = SelectiveScan.CHUNK
 
@@ -39,28 +39,29 @@ def assert_same(scan, reference, args, bound, names="y state u dt A B C D initia
         assert relative_error(value, right) <= bound, name
 
 
+def kept_bytes(function, *inputs):
+    """What a function keeps for the backward pass, and its result."""
+    kept = {}
+    keep = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = function(*inputs)
+    return sum(kept.values()), y
+
+
 @pytest.mark.parametrize("l", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 300])
 @pytest.mark.parametrize("dt_range", [(1e-4, 1e-1), (1e-2, 10)], ids=["weak decay", "strong decay"])
 def test_scan_equals_loop_at_any_length_and_decay(l, dt_range):
     args = inputs(l=l, dt_range=dt_range)
     assert_same(selective_scan, selective_scan_loop, args, 1e-13)
     assert_same(selective_scan, selective_scan_loop, [x.float() for x in args], 1e-6)
-
-
-def test_scan_equals_loop_when_rows_are_many_and_wide():
-    args = inputs(b=6, l=CHUNK + 3, d=1024, dtype=torch.float32)  # more than a tile of a CPU takes
-    assert_same(selective_scan, selective_scan_loop, args, 1e-6)
+    many = inputs(b=6, l=min(l, 20), d=1024, dt_range=dt_range, dtype=torch.float32)  # more than a CPU's tile
+    assert_same(selective_scan, selective_scan_loop, many, 1e-6)
 
 
 @pytest.mark.parametrize("l", [1, CHUNK, CHUNK + 5])
 def test_the_loop_in_recomputed_chunks_is_the_loop(l):
     in_chunks = lambda *args, return_last_state: scan_in_chunks(*args)
     assert_same(in_chunks, selective_scan_loop, inputs(l=l), 1e-13)
-
-
-def test_gradients_pass_gradcheck():
-    args = [x.requires_grad_() for x in inputs(b=2, l=CHUNK + 2, d=2, n=3, dt_range=(0.05, 1))]
-    torch.autograd.gradcheck(partial(selective_scan, return_last_state=True), args)
 
 
 def test_no_nan_when_decay_underflows_and_a_zero_dt_changes_nothing():
@@ -71,11 +72,6 @@ def test_no_nan_when_decay_underflows_and_a_zero_dt_changes_nothing():
     u, dt, B, C = (x[:, :20] for x in (u, dt, B, C))
     _, middle = selective_scan(u, dt, A, B, C, D, state, return_last_state=True)
     assert torch.equal(last, middle)
-
-
-def test_huge_inputs_stay_finite_and_linear():
-    u, *rest, _ = inputs(dtype=torch.float32)
-    assert torch.equal(selective_scan(u * 2.0**60, *rest), selective_scan(u, *rest) * 2.0**60)
 
 
 @pytest.mark.parametrize("l", [1, CHUNK, 2 * CHUNK + 3])
@@ -141,27 +137,16 @@ def test_the_loop_has_second_derivatives_and_works_under_vmap_and_grad():
 
 def test_one_state_in_sixteen_is_kept_and_the_inputs():
     b, l, d, n = 4, 16 * CHUNK, 8, 16
-    args, kept = [x.requires_grad_() for x in inputs(b, l, d, n)[:6]], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        selective_scan(*args)
-    assert sum(kept) <= b * l * d * n / 16 + sum(x.numel() for x in args)
+    args = [x.requires_grad_() for x in inputs(b, l, d, n)[:6]]
+    kept, _ = kept_bytes(selective_scan, *args)
+    assert kept <= 8 * (b * l * d * n / 16 + sum(x.numel() for x in args))
 
 
-compiler = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-compiles = pytest.mark.skipif(not compiler, reason="no C++ compiler")
-
-
-@compiles
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_compiled_scan_is_the_plain_one(reverse):
-    scan, args = partial(selective_scan, reverse=reverse), inputs(l=11, n=4, dtype=torch.float32)
-    assert_same(torch.compile(scan), scan, args, 1e-6)
-
-
-@compiles
-def test_a_layer_in_a_compiled_model_computes_the_same():
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_a_layer_in_a_compiled_model_computes_the_same(monkeypatch):
+    monkeypatch.setattr(SelectiveScan, "CHUNK_COMPILED", 2)  # which compiles sooner than 8 frames
     torch.manual_seed(0)
-    layer, x, both = temporal_layer("bi-mamba", n=4)(4), torch.randn(3, 11, 4), []
+    layer, x, both = temporal_layer("bi-mamba", n=4)(4), torch.randn(3, 5, 4), []
     for function in (layer, torch.compile(layer, backend="aot_eager")):
         y = function(x)
         both.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])

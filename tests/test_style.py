@@ -65,10 +65,10 @@ def test_the_method_is_short_and_every_piece_of_it_is_explained():
     assert [name for name in PIECES if not getattr(vdm_ssm, name).__doc__] == []
 
 
-@pytest.mark.parametrize("file, allowed", zip(FILES, [
+@pytest.mark.parametrize("file, allowed", [*zip(FILES, [
     {"torch", "einops"}, {"torch", "einops", "numpy", "imageio", "tqdm"},
     {"torch", "einops", "numpy", "imageio", "tqdm", "vdm_ssm", "fvd"},
-]))  # fmt: skip
+])])  # fmt: skip
 def test_imports_run_one_way_and_are_few(file, allowed):
     nodes = list(ast.walk(ast.parse(TEXT[file])))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

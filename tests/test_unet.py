@@ -9,8 +9,7 @@ import torch
 from vdm_ssm import TEMPORAL_LAYERS, UNet3D, step_embedding
 
 # Trainable parameters of the official models without the position table that they do not use, at dim / heads
-# 32 / 4 and 64 / 8. The attention baseline uses the table, 32 x heads numbers; both attentions also own 16 fixed
-# frequencies.
+# 32 / 4 and 64 / 8. The attention baseline uses the table, 32 x heads numbers; both own 16 fixed ones.
 COUNTS = {
     "attention": (14083331 + 128 + 16, 56279555 + 256 + 16),
     "linear-attention": (14083331 + 16, 56279555 + 16),
