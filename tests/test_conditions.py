@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_diffusion import around
 from test_dim import COND, NETWORKS, T, X, both_networks
 
 from vdm_ssm import GaussianDiffusion, UNet3D, ddim, dpm_solver
@@ -42,14 +43,8 @@ def test_the_null_vector_stands_for_a_condition_that_is_not_kept(name):
     mixed = model(x, T, cond, torch.tensor([True, False]))
     assert torch.allclose(mixed[0], given[0], atol=1e-12) and torch.allclose(mixed[1], none[1], atol=1e-12)
     assert (given - none).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
-
-
-@both_networks
-@pytest.mark.parametrize("keep", [[True, True], [True, False], None])
-def test_the_null_vector_is_part_of_every_graph(name, keep):
-    model = NETWORKS[name](cond_dim=5)
-    model(X, T, COND, None if keep is None else torch.tensor(keep)).sum().backward()
-    assert (model.condition.null.grad.abs().max() > 0) == (keep == [True, False])
+    given.sum().backward()
+    assert model.condition.null.grad.abs().max() == 0  # part of the graph: DistributedDataParallel waits
 
 
 @both_networks
@@ -62,13 +57,8 @@ def test_unfit_conditions_are_refused(name):
 
 
 def test_training_hides_one_condition_in_ten_or_those_it_is_told_to():
-    kept = []
-
-    def model(x, t, cond, keep):
-        kept.append(keep)
-        return torch.zeros_like(x)
-
     torch.manual_seed(0)
+    kept, model = [], lambda x, t, cond, keep: kept.append(keep) or torch.zeros_like(x)
     d, x0, cond = GaussianDiffusion(model), torch.zeros(20_000, 1, 1, 1, 1), torch.ones(20_000, 2)
     d.loss(x0, cond=cond)
     assert 0.89 <= kept[0].float().mean() <= 0.91
@@ -91,26 +81,15 @@ def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_one(name):
     assert not torch.equal(d.sample(X, 3, ddim, COND, guidance=2), d.sample(X, 3, ddim, COND))
 
 
-def two_classes(target):
-    """The best network for N(1, 0.2^2) and N(-0.5, 0.2^2), told by a one-hot vector, else N(0.25, 0.2^2)."""
-    d = GaussianDiffusion(None, 256, target).double()
-
-    def model(x, t, cond=None):
-        signal, noise = d.rates(t)
-        mean = 0.25 if cond is None else (cond @ cond.new_tensor([1.0, -0.5])).view(-1, 1, 1, 1, 1)
-        x0 = mean + signal * 0.04 / (signal**2 * 0.04 + noise**2) * (x - signal * mean)
-        eps = (x - signal * x0) / noise
-        return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[target]
-
-    d.model, d.clip = model, False
-    return d
-
-
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver])
 def test_on_gaussian_classes_the_guided_mean_is_on_the_line_through_both_means(target, sampler):
-    """Without a label N(0.25, 0.2^2); with it, guidance g samples N(0.25 + g (its mean - 0.25), 0.2^2)."""
-    d = two_classes(target)
+    """Classes N(1, 0.2^2) and N(-0.5, 0.2^2), without a label N(0.25, 0.2^2): all moved by guidance alone."""
+    def best(x, signal, noise, cond=None):
+        mean = 0.25 if cond is None else (cond @ cond.new_tensor([1.0, -0.5])).view(-1, 1, 1, 1, 1)
+        return mean + signal * 0.04 / (signal**2 * 0.04 + noise**2) * (x - signal * mean)
+
+    d = around(best, target).double()
     cond, noise = torch.eye(2).double().repeat(2, 1), torch.tensor([0, 0, 1, 1]).double().view(4, 1, 1, 1, 1)
     for g in (0, 0.5, 1, 3):
         y = d.sample(noise, 100, sampler, cond, guidance=g).flatten()

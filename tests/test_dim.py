@@ -1,5 +1,4 @@
-"""DiM is the identity's neighbour at first, sees all of a clip, and costs what its tokens cost; and what both
-networks promise."""
+"""DiM is the identity's neighbour at first and sees all of a clip. What both networks promise."""
 
 import copy
 
@@ -10,7 +9,7 @@ from test_scan import kept_bytes
 from test_unet import fill
 from torch import nn
 
-from vdm_ssm import DiM, GaussianDiffusion, UNet3D, relative_error
+from vdm_ssm import DiM, UNet3D, relative_error
 
 T = torch.tensor([3, 200])
 
@@ -23,11 +22,6 @@ def video(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def without_positions(model):
-    model.position = lambda *size: torch.zeros(())
-    return model
-
-
 def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
     torch.manual_seed(0)
     model = small(cond_dim=3)
@@ -36,21 +30,9 @@ def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
     assert all(torch.equal(block(x, torch.randn(2, 19)), x) for block in model.blocks)
 
 
-def test_after_three_steps_of_training_every_parameter_learns():
-    """The first moves the output layer, the second opens the gates, the third reaches what is behind them."""
-    torch.manual_seed(0)
-    model = small(cond_dim=3)
-    diffusion, x = GaussianDiffusion(model, target="v"), torch.rand(8, 3, 2, 4, 4) * 2 - 1
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        diffusion.loss(x, cond=torch.randn(8, 3), keep=torch.arange(8) < 4).backward()
-        optimizer.step()
-    assert all(p.grad.abs().max() > 0 for p in model.parameters())
-
-
 def test_unpatchify_is_the_inverse_of_patchify():
-    model = without_positions(small(channels=4, depth=0))
+    model = small(channels=4, depth=0)
+    model.position = lambda *size: torch.zeros(())
     for layer in (model.patch_in, model.patch_out):
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -69,18 +51,6 @@ def test_a_pixel_reaches_its_own_patch_alone_and_through_one_block_the_whole_cli
     patch = torch.zeros(3, 4, 6, dtype=torch.bool)
     patch[1, 2:4, 4:6] = True
     assert torch.equal(changed[0], patch | (depth > 0)) and not changed[1].any()
-
-
-def test_reversing_the_clip_is_swapping_the_directions():
-    """Frames, rows and columns reversed are the sequence reversed, without positions and at patch 1."""
-    model, swapped = (without_positions(fill(small(patch=1))).double() for _ in range(2))
-    for block in swapped.blocks:
-        mamba = block.mamba
-        mamba.ahead, mamba.back = mamba.back, mamba.ahead
-        mamba.ahead_conv, mamba.back_conv = mamba.back_conv, mamba.ahead_conv
-    x = video(2, 3, 2, 3, 4)
-    assert torch.allclose(swapped(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-10)
-    assert not torch.allclose(model(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-3)
 
 
 def test_tokens_run_frame_after_frame_and_row_after_row():
@@ -121,13 +91,6 @@ NETWORKS = {
 }
 both_networks = pytest.mark.parametrize("name", NETWORKS)
 X, COND = video(2, 3, 4, 8, 8).float(), torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0.5, 0, -2]])
-
-
-@both_networks
-def test_memory_is_linear_in_the_number_of_frames(name):
-    model = NETWORKS[name]()
-    short, middle, long = (kept_bytes(model, video(1, 3, f, 8, 8).float(), T[:1])[0] for f in (16, 32, 64))
-    assert long - middle <= 2.2 * (middle - short)
 
 
 @both_networks

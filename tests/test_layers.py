@@ -153,12 +153,6 @@ def test_reverse_is_the_core_between_two_flips(core, l):
     assert relative_error(layer(u, reverse=True), layer(u.flip(1)).flip(1)) < 1e-12
 
 
-def test_causal_conv_is_a_padded_depthwise_conv1d():
-    conv, u = CausalConv(6), torch.randn(2, 9, 6)
-    padded = F.conv1d(F.pad(u.mT, (3, 0)), conv.weight, conv.bias, groups=6).mT
-    assert torch.allclose(conv(u), padded, atol=1e-6)
-
-
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
     torch.manual_seed(0)
     layer = S4D(8, n=32, dt_min=1e-4, dt_max=1e-3)
@@ -194,15 +188,3 @@ def test_rotary_products_depend_on_the_distance_only():
     q, k = (torch.randn(64, dtype=torch.float64).expand(10, 64) for _ in range(2))
     scores = rotary(q) @ rotary(k).T
     assert torch.allclose(scores[1:, 1:], scores[:-1, :-1], rtol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["attention", "linear-attention"])
-def test_attention_is_the_explicit_formula(name):
-    layer, x = make(name).double(), torch.randn(3, 7, 16, dtype=torch.float64)
-    q, k, v = layer.to_qkv(x).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
-    q, k = layer.rotary(q), layer.rotary(k)
-    if name == "attention":
-        weights = (q @ k.mT / 8 + layer.bias(7)).softmax(-1)  # (b, heads, l, l)
-    else:  # the query is a softmax over features, the key over frames
-        weights = q.softmax(-1) @ k.softmax(-2).mT / 8
-    assert relative_error(layer(x), layer.to_out((weights @ v).transpose(1, 2).flatten(2))) < 1e-12

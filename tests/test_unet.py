@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vdm_ssm import TEMPORAL_LAYERS, UNet3D, step_embedding
+from vdm_ssm import TEMPORAL_LAYERS, UNet3D
 
 # Trainable parameters of the official models without the position table that they do not use, at dim / heads
 # 32 / 4 and 64 / 8. The attention baseline uses the table, 32 x heads numbers; both own 16 fixed ones.
@@ -88,12 +88,6 @@ def test_output_is_the_official_one_for_the_same_weights(name):
     assert torch.allclose(y[1, 1, 3, 2, :4], torch.tensor(OUTPUTS[name][:4]), atol=1e-4)
     assert math.isclose(y.mean(), OUTPUTS[name][4], abs_tol=2e-5)
     assert math.isclose(y.norm(), OUTPUTS[name][5], rel_tol=1e-5)
-
-
-def test_step_embedding_is_of_the_raw_integer_sines_first():
-    emb = step_embedding(torch.tensor([3, 200]), 32)
-    assert torch.allclose(emb[0, :4], torch.tensor([0.14112, 0.998611, 0.769842, 0.457755]), atol=1e-6)
-    assert torch.allclose(emb[1, -4:], torch.tensor([0.992048, 0.997669, 0.999317, 0.999800]), atol=1e-6)
 
 
 def test_clips_of_any_length_and_memory_layout_do_not_see_each_other():
