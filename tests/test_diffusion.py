@@ -39,14 +39,10 @@ def test_schedule_is_the_official_cosine_schedule():
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
-def test_a_perfect_network_has_no_loss_and_predicts_the_video(target):
+def test_a_perfect_network_has_no_loss(target):
     torch.manual_seed(0)
     x0 = torch.rand(SHAPE) * 2 - 1
-    d = around(lambda *_: x0, target)
-    assert d.loss(x0, t=torch.tensor([20, 180])) < 1e-8
-    t = torch.tensor([100, 200])
-    signal, noise = d.rates(t)
-    assert torch.allclose(d.predict_x0(signal * x0 + noise * torch.randn_like(x0), t), x0, atol=1e-4)
+    assert around(lambda *_: x0, target).loss(x0, t=torch.tensor([20, 180])) < 1e-8
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vdm_ssm import S4D, S6, TEMPORAL_LAYERS, CausalConv, RelativeBias, RotaryEmbedding, relative_error
-from vdm_ssm import temporal_layer
+from vdm_ssm import S4D, S6, TEMPORAL_LAYERS, RelativeBias, RotaryEmbedding, relative_error, temporal_layer
 
 every_layer = pytest.mark.parametrize("name", TEMPORAL_LAYERS)
 
@@ -21,6 +20,7 @@ def make(name, d=16):
 def silent_owners(model, *inputs):
     """Names of the modules with a weight of their own whose forward hook does not fire in a forward pass."""
     owners = {m: name for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+    assert owners
     for module in list(owners):
         module.register_forward_hook(lambda module, *_: owners.pop(module, None) and None)
     model(*inputs)
@@ -143,14 +143,6 @@ def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
     if l < 1000:
         both = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, ys))
         assert all((value - right).norm() <= 1e-10 * right.norm() for value, right in zip(*both))
-
-
-@pytest.mark.parametrize("core", [S4D, S6, CausalConv])
-@pytest.mark.parametrize("l", [1, 9, 33])
-def test_reverse_is_the_core_between_two_flips(core, l):
-    torch.manual_seed(0)
-    layer, u = core(6).double(), torch.randn(2, l, 6, dtype=torch.float64)
-    assert relative_error(layer(u, reverse=True), layer(u.flip(1)).flip(1)) < 1e-12
 
 
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
