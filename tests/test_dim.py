@@ -1,13 +1,15 @@
-"""DiM is the identity's neighbour at first, sees all of a clip, and costs what its tokens cost."""
+"""DiM is the identity's neighbour at first and sees all of a clip. What both networks promise."""
 
 import copy
 
 import pytest
 import torch
+from test_layers import silent_owners
+from test_scan import kept_bytes
 from test_unet import fill
 from torch import nn
 
-from vdm_ssm import DIM_SIZES, DiM, GaussianDiffusion, PeakMemory
+from vdm_ssm import DiM, UNet3D, relative_error
 
 T = torch.tensor([3, 200])
 
@@ -20,11 +22,6 @@ def video(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def without_positions(model):
-    model.position = lambda *size: torch.zeros(())
-    return model
-
-
 def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
     torch.manual_seed(0)
     model = small(cond_dim=3)
@@ -33,21 +30,9 @@ def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
     assert all(torch.equal(block(x, torch.randn(2, 19)), x) for block in model.blocks)
 
 
-def test_after_three_steps_of_training_every_parameter_learns():
-    """The first step moves the output layer, the second opens the gates, the third reaches what is behind them."""
-    torch.manual_seed(0)
-    model = small(cond_dim=3)
-    diffusion, x = GaussianDiffusion(model, target="v"), torch.rand(8, 3, 2, 4, 4) * 2 - 1
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        diffusion.loss(x, cond=torch.randn(8, 3), keep=torch.arange(8) < 4).backward()
-        optimizer.step()
-    assert all(p.grad.abs().max() > 0 for p in model.parameters())
-
-
 def test_unpatchify_is_the_inverse_of_patchify():
-    model = without_positions(small(channels=4, depth=0))
+    model = small(channels=4, depth=0)
+    model.position = lambda *size: torch.zeros(())
     for layer in (model.patch_in, model.patch_out):
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -66,18 +51,6 @@ def test_a_pixel_reaches_its_own_patch_alone_and_through_one_block_the_whole_cli
     patch = torch.zeros(3, 4, 6, dtype=torch.bool)
     patch[1, 2:4, 4:6] = True
     assert torch.equal(changed[0], patch | (depth > 0)) and not changed[1].any()
-
-
-def test_reversing_the_clip_is_swapping_the_directions():
-    """Frames, rows and columns reversed are the sequence reversed, as tokens are pixels and positions are left out."""
-    model, swapped = (without_positions(fill(small(patch=1))).double() for _ in range(2))
-    for block in swapped.blocks:
-        mamba = block.mamba
-        mamba.ahead, mamba.back = mamba.back, mamba.ahead
-        mamba.ahead_conv, mamba.back_conv = mamba.back_conv, mamba.ahead_conv
-    x = video(2, 3, 2, 3, 4)
-    assert torch.allclose(swapped(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-10)
-    assert not torch.allclose(model(x.flip(2, 3, 4), T).flip(2, 3, 4), model(x, T), atol=1e-3)
 
 
 def test_tokens_run_frame_after_frame_and_row_after_row():
@@ -102,70 +75,61 @@ def test_every_place_has_its_own_position_and_any_shape_is_taken():
     assert small(channels=4, out_channels=8)(torch.randn(2, 4, 2, 4, 4), T).shape == (2, 8, 2, 4, 4)
 
 
-def test_step_and_clips_of_a_batch_are_separate():
-    model = fill(small()).double()
-    x = video(3, 3, 2, 4, 4)
-    y = model(x, torch.tensor([3, 9, 200]))
-    assert torch.allclose(y[1:2], model(x[1:2], torch.tensor([9])), atol=1e-12)
-    assert not torch.allclose(y[1:2], model(x[1:2], torch.tensor([10])), atol=1e-3)
-
-
-@pytest.mark.parametrize("patch, d, depth, n, channels, cond_dim", [(2, 16, 2, 4, 3, None), (4, 48, 3, 16, 5, 7)])
-def test_number_of_parameters_is_the_closed_form(patch, d, depth, n, channels, cond_dim):
-    wide, k, told = 2 * d, -(-2 * d // 16), d + (cond_dim or 0)
-    ssm = wide * n + wide + wide * (k + 2 * n) + (k + 1) * wide  # A, D, u -> dt, B, C, rank k -> dt
-    block = (told + 1) * 3 * d + (d + 1) * 2 * wide + 2 * (5 * wide + ssm) + (wide + 1) * d
-    pixels = channels * patch**2
-    whole = (pixels + 1) * d + 2 * (d + 1) * d + (cond_dim or 0) + depth * block + 2 * d + (d + 1) * pixels
-    model = small(patch=patch, d=d, depth=depth, n=n, channels=channels, cond_dim=cond_dim)
-    assert sum(p.numel() for p in model.parameters()) == whole
-
-
-def test_sizes_are_those_of_dit():
-    assert {k: (s["depth"], s["d"]) for k, s in DIM_SIZES.items()} == {
-        "S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}  # fmt: skip
-    with torch.device("meta"):
-        assert all(len(DiM(**size).blocks) == size["depth"] for size in DIM_SIZES.values())
-
-
-def test_memory_is_linear_in_the_number_of_tokens():
-    model = fill(small(patch=1))
-    peaks = []
-    for f in (4, 8, 16):
-        with PeakMemory() as memory:
-            model(torch.randn(1, 3, f, 8, 8), T[:1]).sum().backward()
-        peaks.append(memory.peak)
-        model.zero_grad()
-    assert (peaks[2] - peaks[1]) <= 2.2 * (peaks[1] - peaks[0])
-
-
-def test_recomputing_gives_the_same_gradients_in_less_memory():
-    peaks, gradients = [], []
-    for recompute in (False, True):
-        model = copy.deepcopy(fill(small(depth=6, recompute=recompute)))  # as the average of the weights is made
-        x = torch.randn(1, 3, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        with PeakMemory() as memory:
-            model(x, T[:1]).sum().backward()
-        peaks.append(memory.peak)
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert peaks[1] < 0.5 * peaks[0]
-
-
-def test_autocast_gives_nearly_the_same_output_and_trains():
-    model = fill(small(cond_dim=3))
-    x, cond = torch.randn(2, 3, 3, 4, 4), torch.randn(2, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x, T, cond, torch.tensor([True, False]))
-        y.float().square().mean().backward()
-    exact = model(x, T, cond, torch.tensor([True, False]))
-    assert (y.float() - exact).norm() / exact.norm() < 0.1
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 def test_patches_that_do_not_fit_and_odd_widths_are_refused():
     with pytest.raises(ValueError, match="multiples of the patch, 4"):
         small(patch=4)(torch.zeros(1, 3, 2, 6, 8), T[:1])
     for d in (8, 20):
         with pytest.raises(ValueError, match="multiple of 8"):
             small(d=d)
+
+
+# ---- Both networks
+
+NETWORKS = {
+    "unet": lambda **changes: fill(UNet3D(**dict(dim=8, dim_mults=(1, 2), heads=2) | changes)),
+    "dim": lambda **changes: fill(small(**changes)),
+}
+both_networks = pytest.mark.parametrize("name", NETWORKS)
+X, COND = video(2, 3, 4, 8, 8).float(), torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0.5, 0, -2]])
+
+
+@both_networks
+def test_recomputing_gives_the_same_gradients_for_less_memory_also_in_a_copy(name):
+    found = []
+    for recompute in (False, True):
+        model = copy.deepcopy(NETWORKS[name](cond_dim=5, recompute=recompute))
+        kept, y = kept_bytes(model, X, T, COND)
+        y.square().sum().backward()
+        found.append((kept, y, [p.grad for p in model.parameters()]))
+    (kept, y, gradients), (kept_less, y_again, gradients_again) = found
+    assert kept_less < 0.5 * kept and torch.equal(y, y_again)
+    assert all(map(torch.equal, gradients, gradients_again))
+
+
+@both_networks
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_hook_of_every_module_with_a_weight_fires(name, recompute):
+    for temporal in ([{"temporal": "bi-mamba"}, {"temporal": "attention"}] if name == "unet" else [{}]):
+        model = NETWORKS[name](cond_dim=5, recompute=recompute, **temporal)
+        assert silent_owners(model, X, T, COND) == []
+
+
+@both_networks
+def test_an_empty_batch_gives_an_empty_result(name):
+    model = NETWORKS[name](cond_dim=5)
+    y = model(X[:0], T[:0], COND[:0])
+    y.sum().backward()
+    assert y.shape == X[:0].shape
+
+
+@both_networks
+@pytest.mark.parametrize("frames", [4, 40])
+def test_in_bfloat16_and_under_autocast_a_network_computes_nearly_the_same_and_trains(name, frames):
+    model, x = NETWORKS[name](), video(2, 3, frames, 4, 4).float()
+    y = model(x, T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = model(x, T)
+    under.float().square().mean().backward()
+    assert relative_error(under, y) < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    assert relative_error(model.bfloat16()(x.bfloat16(), T), y) < 0.05

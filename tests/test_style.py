@@ -1,8 +1,11 @@
 """What the project promises of its own source."""
 
+import ast
+import builtins
 import dis
 import pathlib
 import re
+import sys
 import types
 
 import pytest
@@ -10,72 +13,64 @@ import pytest
 import vdm_ssm
 
 ROOT = pathlib.Path(__file__).parent.parent
-FREE = {"math", "torch", "nn", "F", "rearrange", "repeat", "einsum", "partial"}
-SOURCE = (ROOT / "vdm_ssm.py").read_text()
-
-
-def pieces():
-    """Top-level classes and functions of the method, without the demonstration at the end."""
-    method = SOURCE[: SOURCE.index("# python vdm_ssm.py\n")]
-    return re.findall(r"^(?:class|def) (\w+)", method, flags=re.M)
-
-
-def source_of(name):
-    found = re.search(rf"^(?:@[^\n]*\n)*(?:class|def) {name}\b.*?(?=^\S|\Z)", SOURCE + "\n", flags=re.M | re.S)
-    return found.group(0)
-
-
-def globals_of(code):
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    stored = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_NAME", "STORE_GLOBAL")}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= globals_of(constant)
-    return names - stored
-
-
-def needs(name):
-    found = re.search(r"Needs: ([^.]*)\.", getattr(vdm_ssm, name).__doc__ or "")
-    return set(re.split(r",\s*", found.group(1))) if found else set()
-
-
+FILES = ["vdm_ssm.py", "fvd.py", "train.py"]
+TEXT = {file: (ROOT / file).read_text() for file in FILES}
+IMPORTED = "import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\n" \
+           "from einops import rearrange, repeat\nfrom functools import cache, partial"  # fmt: skip
+FREE = {"math", "torch", "nn", "F", "rearrange", "repeat", "cache", "partial", "__name__", *dir(builtins)}
+METHOD = TEXT["vdm_ssm.py"].split("# python vdm_ssm.py\n")[0]  # without the demonstration at the end
+PIECES = {node.name: ast.get_source_segment(METHOD, node) for node in ast.parse(METHOD).body
+          if isinstance(node, (ast.ClassDef, ast.FunctionDef))}  # fmt: skip
 BIG = {"temporal_layer", "UNet3D", "DiM"}  # they are the sum of their parts
 
 
-@pytest.mark.parametrize("name", [name for name in pieces() if name not in BIG])
+def globals_of(code):
+    instructions = list(dis.get_instructions(code))
+    names = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    stored = {i.argval for i in instructions if i.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    inner = (globals_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return names.union(*inner) - stored
+
+
+def needs(name):
+    found = re.search(r"Needs: ([^.]*)\.", getattr(vdm_ssm, name).__doc__)
+    return set(re.split(r",\s*", found.group(1))) if found else set()
+
+
+@pytest.mark.parametrize("name", PIECES.keys() - BIG)
 def test_a_piece_pasted_alone_needs_only_what_its_docstring_names(name):
-    builtins = set(dir(__builtins__)) | set(__builtins__) | {"__name__", "__module__", "__qualname__", "super"}
-    used = globals_of(compile(source_of(name), name, "exec")) - builtins - {name} - FREE
-    assert used <= needs(name), f"{name} uses {used - needs(name)}"
-    assert len(needs(name)) <= 2
-    assert needs(name) <= used, f"{name} does not use {needs(name) - used}"
+    used = globals_of(compile(PIECES[name], name, "exec")) - FREE - {name, "__module__", "__qualname__"}
+    assert used == needs(name) and len(used) <= 2
 
 
 def test_pasted_pieces_run():
     space = {}
-    exec("import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom einops import rearrange, repeat", space)
-    for name in ("rows_in", "SelectiveScan", "selective_scan", "S6", "recomputed", "causal_conv", "CausalConv",
-                 "MambaBlock"):
-        exec(source_of(name), space)
-    x = space["torch"].randn(2, 5, 8)
+    for text in (IMPORTED, *map(PIECES.get, "SelectiveScan selective_scan S6 CausalConv MambaBlock".split())):
+        exec(text, space)
+    x = vdm_ssm.torch.randn(2, 5, 8)
     assert space["MambaBlock"](space["S6"], 8)(x).shape == x.shape
 
 
-@pytest.mark.parametrize("file", ["vdm_ssm.py", "fvd.py", "train.py"])
-def test_source_is_ascii_and_every_public_piece_is_explained(file):
-    text = (ROOT / file).read_text()
-    assert text.isascii()
-    assert max(map(len, text.splitlines())) <= 120
-    assert not re.search(r"TODO|FIXME|except:", text)
+@pytest.mark.parametrize("file", FILES)
+def test_source_is_ascii_in_short_lines_and_short_functions(file):
+    assert TEXT[file].isascii() and not re.search(r"TODO|FIXME|except:", TEXT[file])
+    assert [line for line in TEXT[file].splitlines() if len(line) > 110] == []
+    functions = [node for node in ast.walk(ast.parse(TEXT[file])) if isinstance(node, ast.FunctionDef)]
+    longest = lambda f: 120 if (file, f.name) == ("train.py", "train") else 60
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= longest(f)] == []
 
 
-@pytest.mark.parametrize("name", pieces())
-def test_docstrings_begin_with_a_shape_map_or_a_sentence(name):
-    assert (getattr(vdm_ssm, name).__doc__ or "").strip(), name
+def test_the_method_is_short_and_every_piece_of_it_is_explained():
+    assert len(TEXT["vdm_ssm.py"].splitlines()) <= 1150
+    assert all(getattr(vdm_ssm, name).__doc__ for name in PIECES)
 
 
-def test_imports_run_one_way():
-    imports = lambda file: set(re.findall(r"^(?:from|import) (\w+)", (ROOT / file).read_text(), flags=re.M))
-    own = {"vdm_ssm", "fvd", "train"}
-    assert imports("vdm_ssm.py") & own == set() == imports("fvd.py") & own
-    assert imports("vdm_ssm.py") <= {"math", "time", "weakref", "functools", "torch", "einops"}
+@pytest.mark.parametrize("file", FILES)
+def test_imports_run_one_way_and_are_few(file):
+    allowed = {"vdm_ssm.py": set(), "fvd.py": {"numpy", "imageio", "tqdm"}}
+    allowed["train.py"] = allowed["fvd.py"] | {"vdm_ssm", "fvd"}
+    nodes = list(ast.walk(ast.parse(TEXT[file])))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    outside = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert outside <= allowed[file] | {"torch", "einops"}
