@@ -23,12 +23,8 @@ LEVELS = ("least noise", "-"), ("second quarter", "--"), ("third quarter", "-.")
 
 def read_log(run):
     """Lines of a run's log, but for one that a kill left half-written.    -> list of dict"""
-    try:
-        text = Path(run, "log.jsonl").read_text(errors="replace")
-    except OSError as error:
-        sys.exit(f"plot.py: {error.filename}: {error.strerror}; give the folder of a run")
     lines = []
-    for line in text.splitlines():
+    for line in Path(run, "log.jsonl").read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(line)
             lines.append(line | {"loss_by_noise": line["loss_by_noise"] or [None] * 4})
@@ -43,9 +39,9 @@ def smooth(values, width):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", metavar="FILE", help="picture to write (default curves.png in the first run)")
+    parser.add_argument("--out", metavar="FILE", help="picture to write (default RUN/curves.png)")
     args = parser.parse_args()
     logs = [read_log(run) for run in args.runs]
     pyplot.switch_backend("agg")  # no window
@@ -61,12 +57,14 @@ def main():
             for curve, name, style in curves:  # the levels are named once, for all runs
                 label = name if i == 0 or name == run else None
                 axis.plot(steps, smooth(curve, 1 + len(log) // 50), style, color=f"C{i}", label=label)
-        scale = "linear" if key == "videos_per_second" else "log"
-        axis.set(title=key.replace("_", " "), xlabel="step", yscale=scale)
+        axis.set(title=key, xlabel="step", yscale="linear" if key == "videos_per_second" else "log")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(args.out or Path(args.runs[0], "curves.png"), dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"plot.py: {error.filename}: {error.strerror}; give folders that exist")
