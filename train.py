@@ -87,23 +87,33 @@ def listed(names, joint=", ", most=10):
 #     fills |eta| < WALL / 2z,     z = distance along g, since g and p are perpendicular.
 #
 # (The distance along the ray, longer at the sides, would bend straight walls: fisheye.)
+# A ray sees one colour, of the sky, the floor or a wall; a pixel is the mean of SAMPLES rays.
 # Source: ray casting on a grid, known from the game Wolfenstein 3D (1992).
 
 ROOMS = 6  # rooms a side, 2 cells apart: 1,024 frames (205 cells) come back to places seen before
-LOOPS = 0.2  # share of the rooms that open a wall beyond the search tree: more than one way round
-SPEED = 0.2  # cells a frame, 10 frames from room to room: three clips of 16 frames in four take a turn
+SPEED = 0.2  # cells a frame, 10 frames from room to room: 7 of 10 clips of 16 frames take a turn
 LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head before a bend
 VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
-WALL = 0.75  # height in cells, the eye at its middle; no wall in view is nearer than z = 0.65, so
-#              walls fill at most 0.77 of the picture: the top is sky and the bottom is floor
-RAYS = 2  # rays in a pixel's column, averaged: soft vertical edges
+SAMPLES = 8  # rays a pixel: smooth edges, no flicker in walls far away
+FOG = 0.08  # share of a wall's light that haze replaces, per cell of distance
 
-SKY, FLOOR = (135, 190, 250), (88, 80, 84)  # RGB
-WALLS = (  # light and dark tone of each style, far in hue from one another, the sky and the floor
-    ((222, 88, 58), (140, 40, 30)),  # 0: bricks
-    ((250, 212, 90), (200, 136, 30)),  # 1: boards
-    ((84, 190, 96), (22, 108, 64)),  # 2: checks
-)
+# A cell of wall in the three styles, bricks, boards and checks, in light (#) and dark texels
+TEXTURES = """
+    #####.#####.   ######......   ######......
+    #####.#####.   ######......   ######......
+    ............   ######......   ######......
+    ##.#####.###   ######......   ######......
+    ##.#####.###   ######......   ......######
+    ............   ######......   ......######
+    #####.#####.   ######......   ......######
+    #####.#####.   ######......   ......######
+"""
+TEXTURES = np.array([[list(tile) for tile in row.split()] for row in TEXTURES.split("\n")[1:-1]]) == "#"
+ROWS, STYLES, TEXELS = TEXTURES.shape  # 8, 3, 12
+WALL = 0.75  # height in cells, the eye at its middle: it fills at most 0.77 of the picture, as z > 0.65
+SKY, HAZE, FLOOR = (100, 160, 245), (190, 205, 225), ((102, 93, 98), (72, 65, 69))  # RGB
+# Light and dark tone of each style, far in hue from one another, the sky and the floor
+TONES = ((222, 84, 54), (140, 40, 30)), ((250, 210, 80), (200, 136, 30)), ((80, 190, 92), (22, 108, 64))
 
 
 def maze_seed(split, index):
@@ -113,155 +123,105 @@ def maze_seed(split, index):
 
 def maze_style(seed):
     """Wall style of a seed's maze, 0, 1 or 2: the video's class, as frequent in both splits."""
-    return seed // 2 % len(WALLS)
-
-
-def maze_exits(i, j):
-    """Unit steps from room (i, j) towards the rooms beside it, whether open or walled."""
-    steps = (0, 1), (1, 0), (0, -1), (-1, 0)
-    return [(a, b) for a, b in steps if 0 < i + 2 * a < 2 * ROOMS and 0 < j + 2 * b < 2 * ROOMS]
+    return seed // 2 % STYLES
 
 
 def maze_grid(rng):
     """Random maze without dead ends.    -> (g, g) bool, True in walls, g = 2 ROOMS + 1
 
-    Rooms are the cells with two odd coordinates. Depth-first search joins all of them in a tree;
-    then some walls open at random, and one more in each dead end: no walk has to turn back.
+    Rooms are the cells with two odd coordinates, pillars those with two even ones. Walls from pillar to
+    pillar rise in random order. One that would close a ring, and so cut rooms off, or that would leave
+    a room with a single exit is left out: every room stays in reach, and no walk has to turn back.
     """
-    wall = np.ones((2 * ROOMS + 1, 2 * ROOMS + 1), bool)
-    wall[1::2, 1::2] = False
-    path, seen = [(1, 1)], {(1, 1): True}  # a dict, because the order of a set is no promise
-    while path:
-        i, j = path[-1]
-        new = [(a, b) for a, b in maze_exits(i, j) if (i + 2 * a, j + 2 * b) not in seen]
-        if new:
-            a, b = new[rng.integers(len(new))]
-            wall[i + a, j + b] = False
-            path.append((i + 2 * a, j + 2 * b))
-            seen[path[-1]] = True
-        else:
-            path.pop()
-    for i, j in seen:
-        closed = [(a, b) for a, b in maze_exits(i, j) if wall[i + a, j + b]]
-        dead_end = len(maze_exits(i, j)) - len(closed) == 1
-        if closed and (dead_end or rng.random() < LOOPS):
-            a, b = closed[rng.integers(len(closed))]
-            wall[i + a, j + b] = False
+    wall = np.pad(np.zeros((2 * ROOMS - 1, 2 * ROOMS - 1), bool), 1, constant_values=True)
+    joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for pillars that walls join
+    sides = 2 - (abs(np.arange(len(wall)) - ROOMS) == ROOMS - 1)  # one less beside the border
+    exits = sides[:, None] + sides
+    wall[2:-2:2, 2:-2:2] = True
+    gaps = np.argwhere(~wall)
+    for i, j in rng.permutation(gaps[gaps.sum(1) % 2 == 1]):  # between two pillars, and between two rooms
+        a, b = i % 2, j % 2  # direction from pillar to pillar
+        rooms = (i - b, i + b), (j - a, j + a)
+        one, other = joined[i - a, j - b], joined[i + a, j + b]
+        if one != other and exits[rooms].min() > 2:
+            wall[i, j] = True
+            exits[rooms] -= 1
+            joined[joined == other] = one
     return wall
 
 
-def maze_spline(points, s):
-    """Uniform quadratic B-spline.    points (m, 2), s (f) in [1, m - 1) -> (f, 2)"""
-    k, q = s.astype(int), (s % 1)[:, None]
-    before, here, after = points[k - 1], points[k], points[k + 1]
-    return here + 0.5 * ((1 - q) ** 2 * (before - here) + q**2 * (after - here))
+def maze_walk(seed, frames):
+    """A maze and a walk in it.    -> wall (g, g), position (f, 2) in cells, gaze (f, 2) of length 1
 
-
-def maze_walk(wall, rng, frames):
-    """Random walk.    wall (g, g) -> position (f, 2) in cells, gaze (f, 2) of length 1
-
-    The path is the B-spline of the visited cells' centres: straight in corridors, a smooth bend in
-    turns, and always half a cell or more from any wall.
+    The path is the uniform quadratic B-spline of the visited cells' centres: straight in corridors, a
+    smooth bend in turns, and always half a cell or more from any wall.
     """
-    s = 1 + 2 * rng.random() + SPEED * np.arange(frames)  # (f) place on the path, in cells
+    rng = np.random.default_rng(seed)
+    wall = maze_grid(rng)
+    s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) places on it
     i, j = 1 + 2 * rng.integers(ROOMS, size=2)
     a, b, cells = 0, 0, []
-    while len(cells) < s[-1] + LOOK + 2:
-        ways = [w for w in maze_exits(i, j) if not wall[i + w[0], j + w[1]] and w != (-a, -b)]
+    while len(cells) < s.max() + 2:
+        steps = (0, 1), (1, 0), (0, -1), (-1, 0)
+        ways = [way for way in steps if not wall[i + way[0], j + way[1]] and way != (-a, -b)]
         a, b = ways[rng.integers(len(ways))]
         cells += [(i, j), (i + a, j + b)]
         i, j = i + 2 * a, j + 2 * b
-    position, ahead = (maze_spline(np.array(cells) + 0.5, s + look) for look in (0, LOOK))
+    k, q, cells = s.astype(int), (s % 1)[..., None], np.array(cells) + 0.5
+    before, here, after = cells[k - 1], cells[k], cells[k + 1]  # (2, f, 2)
+    position, ahead = here + 0.5 * ((1 - q) ** 2 * (before - here) + q**2 * (after - here))
     gaze = ahead - position
-    return position, gaze / np.sqrt((gaze**2).sum(1, keepdims=True))
+    return wall, position, gaze / np.linalg.norm(gaze, axis=1, keepdims=True)
 
 
-def maze_cast(wall, position, ray, axis):
-    """First wall across an axis.    wall (g, g), position (2, f, 1), ray (2, f, r) -> z, u (f, r)
+def maze_turns(seed, frames):
+    """Radians turned to the left to reach each frame, 0 for the first.    -> (frames,) float32"""
+    x, y = maze_walk(seed, frames)[2].T
+    angle = np.unwrap(np.arctan2(y, x))
+    return np.diff(angle, prepend=angle[:1]).astype(np.float32)
 
-    The wall is met after z rays, at u along it. A ray enters a cell only where it crosses a grid
-    line: all crossings of the axis are tried at once, and the nearest one into a wall is kept.
+
+def maze_cast(wall, position, ray):
+    """First wall across axis 0.    position (2, 1, f, 1, 1), ray (2, n, f, 1, w) -> its z (n, f, 1, w)
+
+    A ray enters a cell only where it crosses a grid line: all lines of the axis are tried at once.
     """
-    p, d = position[axis], ray[axis]
-    ahead = np.arange(len(wall) - 1, dtype=p.dtype)[:, None, None]
-    line = np.floor(p) + (d > 0) + np.sign(d) * ahead  # (g - 1, f, r)
-    z = (line - p) / d
-    across = np.floor(position[1 - axis] + z * ray[1 - axis])
-    # Beyond the border the indices leave the grid, but there the border has stopped the ray before.
-    i, j = (np.clip(c, 0, len(wall) - 1).astype(np.intp) for c in (line - (d < 0), across))
-    z = np.where(wall[i, j] if axis == 0 else wall[j, i], z, np.inf).min(0)
-    return z, position[1 - axis] + z * ray[1 - axis]
+    line = np.arange(len(wall)).reshape(-1, 1, 1, 1, 1)
+    z = (np.float32(line) - position[0]) / ray[0]  # (g, n, f, 1, w)
+    # Beyond the border the index would leave the grid, but there the border has stopped the ray before.
+    along = np.clip(position[1] + z * ray[1], 0, len(wall) - 1).astype(np.int32)
+    return np.where(wall[line - (ray[0] < 0), along] & (z > 0), z, np.inf).min(0)
 
 
-def maze_stripe(x, width, share=0.5):
-    """Mean over [x - width / 2, x + width / 2] of stripes of period 1: 1 on a share, else 0.
-
-    A pixel's width gives antialiasing, and far stripes fade to their mean. x, width (...) -> (...)
-    """
-    ends = x + width / 2, x - width / 2
-    high, low = (np.floor(end) * share + np.minimum(end % 1, share) for end in ends)  # integrals
-    return (high - low) / width
-
-
-def maze_checks(a, b):
-    """Chequered pattern of two crossing stripes in [0, 1]."""
-    return a * b + (1 - a) * (1 - b)
-
-
-def maze_texture(style, u, v, du, dv):
-    """Tone of a wall, 0 dark to 1 light, at u along and v up it in pixels (du, dv), in cells."""
-    v, dv = v / WALL, dv / WALL
-    if style == 0:  # three courses of bricks, half a cell long, each half a brick ahead
-        shift = np.floor(3 * v) % 2 / 2
-        return maze_stripe(2 * u + shift, 2 * du, 0.85) * maze_stripe(3 * v, 3 * dv, 0.75)
-    boards = maze_stripe(u, du)
-    return boards + 0 * v if style == 1 else maze_checks(boards, maze_stripe(v, dv))
-
-
-def maze_walls(wall, position, ray, eta, pixel, style):
-    """Walls in view.    position (2, f, 1), ray (2, f, r), eta (h, 1) -> 3 times (f, h, r)
-
-    Shares of a ray's pixel: the light and the dark tone, times the light on them, and no wall.
-    """
-    (z0, u0), (z1, u1) = maze_cast(wall, position, ray, 0), maze_cast(wall, position, ray, 1)
-    across = z0 < z1  # (f, r), the axis that the wall faces
-    pairs = (z0, z1), (u0, u1), np.abs(ray), np.float32((0.8, 1))
-    z, u, slant, side = (np.where(across, a, b)[:, None] for a, b in pairs)  # (f, 1, r)
-    # One pixel to the right, u grows by pixel z / slant: the wall's foreshortening.
-    tone = maze_texture(style, u, z * eta + WALL / 2, pixel * z / slant, pixel * z)
-    cover = np.clip((WALL / 2 / z - np.abs(eta)) / pixel + 0.5, 0, 1)
-    light = cover * side / (1 + 0.06 * z)  # the side in half shade shows the corners; far is darker
-    return light * tone, light * (1 - tone), 1 - cover
-
-
-def maze_background(position, ray, eta, pixel):
-    """Light on sky and floor.    position (2, f, 1), ray (2, f, s), eta (h, 1) -> (f, h, s)"""
-    below = eta[:, 0] < 0
-    z = WALL / 2 / -eta[below]
-    dz = pixel * z / -eta[below]  # the depth of floor in a pixel, more than its width
-    x, y = (maze_stripe(p[:, None] + z * d[:, None], dz) for p, d in zip(position, ray))
-    # The sky is deeper above, the floor has tiles.
-    light = np.broadcast_to(1 - 0.15 * eta, (ray.shape[1], len(eta), ray.shape[2])).copy()
-    light[:, below] = 0.85 + 0.3 * maze_checks(x, y)
-    return light
+def maze_palette(style):
+    """What a ray can see, row by row: sky, wall, floor.    -> (3, 10, 24) RGB; the right half is in shade"""
+    palette = np.empty((1 + ROWS + 1, 2 * TEXELS, 3), np.float32)
+    wall = np.where(TEXTURES[:, style, :, None], *TONES[style])
+    palette[0], palette[1:-1] = SKY, np.concatenate([wall, 0.8 * wall], axis=1)
+    palette[-1, ::2], palette[-1, 1::2] = FLOOR  # tiles
+    return np.moveaxis(palette, -1, 0)
 
 
 def maze_render(wall, position, gaze, style, size):
     """Views of a maze.    wall (g, g), position, gaze (f, 2) -> (f, size, size, 3) uint8 RGB"""
-    pixel = 2 * VIEW / size  # on the image plane
-    eta = VIEW - pixel * (np.arange(size, dtype=np.float32)[:, None] + 0.5)  # (h, 1), up
-    xi = pixel / RAYS * (np.arange(RAYS * size, dtype=np.float32) + 0.5) - VIEW  # (r), right
-    position, gaze = np.float32((position.T, gaze.T))[..., None]  # (2, f, 1)
-    ray = gaze + xi * np.stack([gaze[1], -gaze[0]])  # (2, f, r)
+    # The n samples of a pixel share no row and no column: an edge of any slope has n shades.
+    inside = (np.outer((1, 3), np.arange(SAMPLES))[..., None] % SAMPLES + 0.5) / SAMPLES  # (2, n, 1)
+    xi, eta = np.float32(VIEW * (2 * (np.arange(size) + inside) / size - 1))  # (n, size), right and down
+    xi, eta = xi[:, None, None], eta[:, None, :, None]  # (n, 1, 1, w), (n, 1, h, 1)
+    position, gaze = np.float32((position.T, gaze.T))[:, :, None, :, None, None]  # (2, 1, f, 1, 1)
+    ray = gaze + xi * np.stack([gaze[1], -gaze[0]])  # (2, n, f, 1, w)
     ray[ray == 0] = 1e-6  # along a grid line, which is then met far away and not at 0 / 0
-    tones = np.stack(maze_walls(wall, position, ray, eta, pixel, style))
-    bright, dark, free = tones.reshape(*tones.shape[:3], size, RAYS).mean(-1)  # (f, h, w)
-    light = free * maze_background(position, ray.reshape(2, -1, size, RAYS).mean(-1), eta, pixel)
-    video = np.empty((*light.shape, 3), np.uint8)
-    for c, (sky, floor, high, low) in enumerate(zip(SKY, FLOOR, *WALLS[style])):
-        back = light * np.where(eta < 0, np.float32(floor), np.float32(sky))
-        video[..., c] = back + bright * high + dark * low + 0.5  # the cast to uint8 rounds down
-    return video
+    z0, z1 = maze_cast(wall, position, ray), maze_cast(wall.T, position[::-1], ray[::-1])
+    z = np.minimum(z0, z1)
+    # Walls lie on grid lines: x + y counts along them. Those across axis 1 are in shade: corners show.
+    column = (TEXELS * (position + z * ray).sum(0)).astype(np.int32) % TEXELS + TEXELS * (z1 < z0)
+    row = np.clip(1 + ROWS * (0.5 + z * eta / WALL), 0, ROWS + 1).astype(np.int32)  # (n, f, h, w)
+    depth = np.minimum(z, WALL / 2 / np.abs(eta))
+    x, y = (2 * (position + depth * ray)).astype(np.int32)  # floor tiles are half a cell wide
+    seen = 2 * TEXELS * row + np.where(row > ROWS, (x ^ y) & 1, column)  # index in the palette
+    clear, colours = 1 / (1 + FOG * depth), zip(maze_palette(style), HAZE)  # the rest of the light is haze
+    video = np.stack([haze + (clear * (rgb - haze).take(seen)).mean(0) for rgb, haze in colours], -1)
+    return (video + 0.5).astype(np.uint8)  # the cast rounds down
 
 
 def maze_video(seed, frames, size):
@@ -269,11 +229,9 @@ def maze_video(seed, frames, size):
 
     More frames of a seed continue the same walk; time is linear in them and memory is the result's.
     """
-    rng = np.random.default_rng(seed)
-    wall = maze_grid(rng)
-    position, gaze = maze_walk(wall, rng, frames)
+    wall, position, gaze = maze_walk(seed, frames)
     video = np.empty((frames, size, size, 3), np.uint8)
-    chunk = max(1, 2**14 // size**2)  # frames at once: arrays of 64 kB stay in the cache
+    chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
     for part in (slice(k, k + chunk) for k in range(0, frames, chunk)):
         video[part] = maze_render(wall, position[part], gaze[part], maze_style(seed), size)
     return video
