@@ -75,14 +75,6 @@ def test_every_place_has_its_own_position_and_any_shape_is_taken():
     assert small(channels=4, out_channels=8)(torch.randn(2, 4, 2, 4, 4), T).shape == (2, 8, 2, 4, 4)
 
 
-def test_patches_that_do_not_fit_and_odd_widths_are_refused():
-    with pytest.raises(ValueError, match="multiples of the patch, 4"):
-        small(patch=4)(torch.zeros(1, 3, 2, 6, 8), T[:1])
-    for d in (8, 20):
-        with pytest.raises(ValueError, match="multiple of 8"):
-            small(d=d)
-
-
 # ---- Both networks
 
 NETWORKS = {
@@ -133,3 +125,13 @@ def test_in_bfloat16_and_under_autocast_a_network_computes_nearly_the_same_and_t
     assert relative_error(under, y) < 0.1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
     assert relative_error(model.bfloat16()(x.bfloat16(), T), y) < 0.05
+
+
+@pytest.mark.parametrize("make, height, reason", [
+    (lambda: UNet3D(dim_mults=(1, 2, 4)), 6, "multiples of 4"), (lambda: UNet3D(dim=20), 8, "multiple of 8"),
+    (lambda: small(patch=4), 6, "multiples of the patch, 4"), (lambda: small(d=8), 8, "multiple of 8"),
+    (lambda: small(d=20), 8, "of 8"), (lambda: UNet3D(temporal="mamba2"), 8, "'mamba2'.*bi-mamba"),
+])  # fmt: skip
+def test_sizes_and_names_that_do_not_fit_are_refused_with_the_mend(make, height, reason):
+    with pytest.raises(ValueError, match=reason):
+        make()(torch.zeros(1, 3, 2, height, 8), T[:1])

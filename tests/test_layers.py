@@ -121,14 +121,6 @@ def test_a_dynamically_quantised_mamba_block_computes_nearly_the_same():
     assert 0 < relative_error(quantised(x), layer(x)) < 0.1
 
 
-def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'mamba2'.*bi-mamba"):
-        temporal_layer("mamba2")
-
-
-# ---- Cores
-
-
 @pytest.mark.parametrize("core", [S4D, S6])
 @pytest.mark.parametrize("l", [1, 2, 7, 33, 100, 1000])
 def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
@@ -161,9 +153,6 @@ def test_cores_start_as_s4d_lin_and_mamba_do():
     assert abs(s4d.C.std() - math.sqrt(0.5)) < 0.01 and abs(s4d.D.std() - 1) < 0.05
     assert torch.allclose(s6.A_log.exp(), torch.arange(1.0, 17.0)) and torch.equal(s6.D, torch.ones(64))
     assert s6.dt_proj.weight.abs().max() <= 0.5  # rank 4
-
-
-# ---- Attention
 
 
 def test_relative_bias_has_the_buckets_of_t5():

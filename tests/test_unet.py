@@ -98,10 +98,3 @@ def test_clips_of_any_length_and_memory_layout_do_not_see_each_other():
     assert torch.allclose(model(last, t), y, atol=1e-12)
     assert torch.allclose(model(x[1:2], t[1:2]), y[1:2], atol=1e-12)
     assert model(x[:, :, :1], t).shape == (3, 3, 1, 8, 8)
-
-
-def test_sizes_that_cannot_be_halved_and_odd_widths_are_refused():
-    with pytest.raises(ValueError, match="multiple"):
-        UNet3D(dim=8, dim_mults=(1, 2, 4), heads=1)(torch.zeros(1, 3, 2, 6, 8), torch.tensor([0]))
-    with pytest.raises(ValueError, match="multiple of 8"):
-        UNet3D(dim=20)
