@@ -934,7 +934,7 @@ class SelectiveScan(torch.autograd.Function):
         chunk = SelectiveScan.compiled(SelectiveScan.frames) if compiled else SelectiveScan.chunk
         with torch.autocast(u.device.type, enabled=False):
             for rows in tiles:
-                state = initial_state[rows].mT.to(ctx.dtype)  # (b, n, d)
+                state = initial_state[rows].mT.to(ctx.dtype).contiguous()  # (b, n, d)
                 for i, frames in chunks:
                     starts[i, rows] = state
                     inputs = (in_order(x[rows, frames].to(ctx.dtype)) for x in (u, dt, B, C))
