@@ -492,7 +492,7 @@ def write_pictures(path, videos, fps, columns=16):
         iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)))  # H.264 wants even sides
     with whole(path.with_suffix(".mp4")) as file:
-        iio.imwrite(file, film, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+        file.write(iio.imwrite("<bytes>", film, extension=".mp4", plugin="pyav", codec="libx264", fps=fps))
     shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
     cells = np.pad(videos[:, shown], ((0, 0), (0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
     with whole(path.with_suffix(".png")) as file:
@@ -726,7 +726,7 @@ def train(args, checkpoint=None):
         rewind(out, step)
         args.out = str(out)
         print(f"model    {network}, {sum(p.numel() for p in model.parameters()):,} parameters, on {ranks} x {device}"
-              f"{', bfloat16' if args.amp else ''}\ndata     {data}\nwrites   {out}", flush=True)  # fmt: skip
+              f"{', bfloat16' if args.amp else ''}\ndata     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
     shown = batches(data, args, rank, ranks, step * per_step)
     stop, bar = stop_on_signal(), tqdm(total=args.steps, initial=step, disable=rank > 0)
 
