@@ -327,28 +327,33 @@ def cached(source, args):
     return Path(args.cache, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16] + ".npy")
 
 
-def read_source(source, args):
-    """The videos of a source, decoded lazily.    -> yields iterators of (size, size, c): uint8, latents float32"""
-    if args.latents:
+def read_latents(source, size):
+    """An array of latents as one video.    -> float32 (1, f, size, size, c). Raises UnreadableVideo"""
+    with naming(source):
         array = load_array(source)
-        if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
-            raise ValueError(f"{array.dtype} of shape {array.shape} with --size {args.size}; latents are float "
-                             "(frames, size, size, channels)")  # fmt: skip
-        if not all(np.isfinite(frame.astype(np.float32)).all() for frame in array):
+        if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (size, size):
+            raise ValueError(f"{array.dtype} of shape {array.shape} with --size {size}; latents are float (frames, size, "
+                             "size, channels)")  # fmt: skip
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
             raise ValueError("it holds NaN or infinite values")
-        yield (frame.astype(np.float32) for frame in array)
-    for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
+        return array[None]
+
+
+def read_pixels(source, args):
+    """The videos of a source, decoded lazily.    -> yields iterators over uint8 (size, size, 3). Raises UnreadableVideo"""
+    for video in open_videos(source, FLOATS.get(args.floats)):
         if video.scale and not args.floats:
-            raise ValueError("it holds floats: give --floats unit if 0 is black, --floats symmetric if -1 is")
+            raise UnreadableVideo(source, "it holds floats: give --floats unit if 0 is black, symmetric if -1 is")
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
 
 
 def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, or the error: a process would wrap it in a traceback"""
+    """Put the frames of a source into the cache.    -> None, or why not: a process cannot raise it without a traceback"""
     try:
-        with naming(source), tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
+        with tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
             lengths = []
-            for video in read_source(source, args):
+            for video in read_latents(source, args.size) if args.latents else read_pixels(source, args):
                 lengths.append(0)
                 for frame in video:
                     raw.write(np.ascontiguousarray(frame))
@@ -356,12 +361,14 @@ def decode(source, args):
             raw.flush()
             with whole(cached(source, args)) as file:
                 np.save(file, np.memmap(raw, frame.dtype, "r", 0, (len(lengths), lengths[0], *frame.shape)))
-    except (UnreadableVideo, BadInput) as error:
+    except UnreadableVideo as error:
+        return str(error)
+    except BadInput as error:
         return error
 
 
 def decode_all(sources, args):
-    """Decode what is missing, in several processes.    -> {source that cannot be read: error}. Raises BadInput"""
+    """Decode what is missing, in several processes.    -> {source that cannot be read: why}. Raises BadInput"""
     os.makedirs(args.cache, exist_ok=True)
     missing = [source for source in sources if not (source.exists() and cached(source, args).exists())]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
