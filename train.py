@@ -10,13 +10,13 @@
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
 A run writes into its own folder (--out): checkpoint-STEP.pt (the newest ones), log.jsonl (a line per step), and
-samples/ with a contact sheet (a PNG: one row per video, time from left to right), a GIF and an MP4 for every
---sample-every steps. Decoded videos are kept beside it, in cache/.
+every --sample-every steps into samples/ a contact sheet (a PNG: a row per video, time from left to right), a GIF
+and an MP4. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
-Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights (EMA) and
-the learning rate warm up, gradients are clipped, and sizes fit the device. All but the EMA's warm-up are options.
+Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights (EMA)
+and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up are options.
 """
 
 import argparse
@@ -60,7 +60,7 @@ except ImportError:  # Windows: the log does without the peak of memory
 
 
 class BadInput(ValueError):
-    """Something the user can mend. The message says what and how; the command prints it and exits with code 2."""
+    """Something the user can mend. The message says what and how; the command prints it and exits with 2."""
 
 
 # -----------------------------------------------------------------------------
@@ -268,25 +268,24 @@ def maze_video(seed, frames, size):
 # -----------------------------------------------------------------------------
 # 2. Videos
 #
-# Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought to size
-# (short side to --size, centre crop) and kept as one memory-mapped file: larger sets than memory train.
+# Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought to
+# size (short side to --size, centre crop) and kept as a memory-mapped file: larger sets than memory train.
 #
 #     source --decode--> cache/KEY.npy, (videos, frames, size, size, channels), uint8, latents float32
 #
 # KEY is made of all that the frames depend on, and a file gets its name when it is whole: what is there is valid.
-# Windows of consecutive frames are drawn at random, every video once an epoch, window i the same in every run.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
-CORES = min(8, os.cpu_count() or 1)
 FLOATS = {"symmetric": (-1, 1), "unit": (0, 1)}  # what float pixels may mean: the values of black and white
+CORES = min(8, os.cpu_count() or 1)
 
 
 def find_splits(path):
     """Sources of videos at or below a path, by split.    -> {"all": list of Path, maybe "train": ..., "test": ...}
 
     A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its videos'
-    names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part counts, in any
-    case of letters; what is listed but missing is skipped later, by its name. Raises UnreadableVideo.
+    names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part counts, in
+    any case of letters; what is listed but missing is skipped later, by its name. Raises UnreadableVideo.
     """
     path, parts, sources = Path(path), ("train", "test"), find_videos(path)
     splits, here = {"all": sources}, {source.name.lower(): source for source in sources}
@@ -307,8 +306,6 @@ def resize(frame, size, antialias=True):
     The papers do it without antialias. Their float pixels are rounded here: 0.5 / 255 is lost at most.
     """
     h, w = frame.shape[:2]
-    if (h, w) == (size, size):
-        return frame
     shape = size * h // min(h, w), size * w // min(h, w)
     small = np.empty((*shape, 3), np.uint8)
     for c in range(3):  # one by one: as floats, all of them would take twelve bytes a pixel
@@ -319,6 +316,24 @@ def resize(frame, size, antialias=True):
     return small[top : top + size, left : left + size]
 
 
+def read_source(source, args):
+    """The videos of a source, decoded lazily.    -> yields iterators over frames. Raises UnreadableVideo"""
+    if args.latents:
+        with naming(source):
+            array = load_array(source)
+            if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
+                raise ValueError(f"{array.dtype} of shape {array.shape} with --size {args.size}; latents are float "
+                                 "(frames, size, size, channels)")  # fmt: skip
+            array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError("it holds NaN or infinite values")
+            yield array
+    for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
+        if video.scale and not args.floats:
+            raise UnreadableVideo(source, "it holds floats: --floats unit or symmetric tells what is black, 0 or -1")
+        yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
+
+
 def cached(source, args):
     """Where the frames of a source are, once they are decoded.    -> Path"""
     files = sorted(source.iterdir()) if source.is_dir() else [source]
@@ -327,40 +342,16 @@ def cached(source, args):
     return Path(args.cache, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16] + ".npy")
 
 
-def read_latents(source, size):
-    """An array of latents as one video.    -> float32 (1, f, size, size, c). Raises UnreadableVideo"""
-    with naming(source):
-        array = load_array(source)
-        if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (size, size):
-            raise ValueError(f"{array.dtype} of shape {array.shape} with --size {size}; latents are float (frames, size, "
-                             "size, channels)")  # fmt: skip
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError("it holds NaN or infinite values")
-        return array[None]
-
-
-def read_pixels(source, args):
-    """The videos of a source, decoded lazily.    -> yields iterators over uint8 (size, size, 3). Raises UnreadableVideo"""
-    for video in open_videos(source, FLOATS.get(args.floats)):
-        if video.scale and not args.floats:
-            raise UnreadableVideo(source, "it holds floats: give --floats unit if 0 is black, symmetric if -1 is")
-        yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
-
-
 def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, or why not: a process cannot raise it without a traceback"""
+    """Put the frames of a source into the cache.    -> None, or why not: BadInput, or a reason to skip the source"""
     try:
         with tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
-            lengths = []
-            for video in read_latents(source, args.size) if args.latents else read_pixels(source, args):
-                lengths.append(0)
+            for n, video in enumerate(read_source(source, args), 1):
                 for frame in video:
                     raw.write(np.ascontiguousarray(frame))
-                    lengths[-1] += 1
             raw.flush()
             with whole(cached(source, args)) as file:
-                np.save(file, np.memmap(raw, frame.dtype, "r", 0, (len(lengths), lengths[0], *frame.shape)))
+                np.save(file, np.memmap(raw, frame.dtype, "r").reshape(n, -1, *frame.shape))
     except UnreadableVideo as error:
         return str(error)
     except BadInput as error:
@@ -368,16 +359,16 @@ def decode(source, args):
 
 
 def decode_all(sources, args):
-    """Decode what is missing, in several processes.    -> {source that cannot be read: why}. Raises BadInput"""
+    """Decode what is missing, in several processes.    -> {source to be skipped: why}. Raises BadInput"""
     os.makedirs(args.cache, exist_ok=True)
     missing = [source for source in sources if not (source.exists() and cached(source, args).exists())]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
-    errors = list(tqdm(loader, desc="decoding", unit="file", disable=not missing))
-    for error in errors:
+    errors = dict(zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing)))
+    for error in errors.values():
         if isinstance(error, BadInput):
             raise error
-    return {source: error for source, error in zip(missing, errors) if error}
+    return {source: why for source, why in errors.items() if why}
 
 
 class MazeVideos(Dataset):
@@ -389,19 +380,20 @@ class MazeVideos(Dataset):
         self.args, self.split = args, "test" if held_out else "train"
         self.about = f"endless walks through mazes, drawn as they are needed ({self.split} seeds)"
 
+    def __len__(self):
+        return 2**32
+
     def __getitem__(self, i):
         seed = maze_seed(self.split, self.args.seed * 2**32 + i)
         video = maze_video(seed, self.args.stride * (self.args.frames - 1) + 1, self.args.size)
         return to_model_range(video[:: self.args.stride]), maze_style(seed)
 
-    def __len__(self):
-        return 2**32
-
 
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, the name of its folder
 
-    Pixels are in [-1, 1], latents keep their values. held_out: the test split, if "train" is trained on.
+    An epoch shows a window of every video. Pixels are in [-1, 1], latents keep their values. held_out: the test
+    split, if "train" is trained on.
     """
 
     def __init__(self, args, held_out=False):
@@ -421,11 +413,11 @@ class FolderVideos(Dataset):
         if not self.videos:
             raise BadInput(f"--frames {args.frames} with --stride {args.stride} need videos of {self.span} frames: in "
                            f"{args.data} the longest has {max(shape[1] for shape in shapes.values())}")  # fmt: skip
-        self.channels = next(iter(shapes.values()))[-1]
         # Names and shapes, not times: a copy of the data is the same data.
         self.identity = [[os.path.relpath(s, args.data), *shape] for s, shape in shapes.items()]
+        self.channels = self.identity[0][-1]
         short = sum(shape[0] for shape in shapes.values()) - len(self)
-        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} are shorter than {self.span} frames, "
+        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} have less than {self.span} frames, "
                       f"{len(self.skipped)} files are unreadable")  # fmt: skip
 
     def __len__(self):
@@ -440,15 +432,15 @@ class FolderVideos(Dataset):
 
 
 def videos_of(args, held_out=False):
-    """The data set that a run's arguments describe; held_out: videos that it is not trained on, if there are such."""
-    return MazeVideos(args, held_out) if args.data == "maze" else FolderVideos(args, held_out)
+    """The data set of a run; held_out: videos that it is not trained on, if there are such."""
+    return (MazeVideos if args.data == "maze" else FolderVideos)(args, held_out)
 
 
 # -----------------------------------------------------------------------------
 # 3. Files
 #
-# A file is written under another name and then renamed, which a file system does at once or not at all: a killed run
-# leaves the old file or the new one, never half of one.
+# A file is written under another name and then renamed, which a file system does at once or not at all: a killed
+# run leaves the old file or the new one, never half of one.
 
 
 @contextlib.contextmanager
@@ -468,7 +460,7 @@ def whole(path):
 
 
 def to_model_range(video):
-    """uint8 (f, h, w, c) in 0..255 -> float (c, f, h, w) in [-1, 1]; floats, which are latents, keep their values"""
+    """uint8 (f, h, w, c) in 0..255 -> float (c, f, h, w) in [-1, 1]; floats, which are latents, stay as they are"""
     x = rearrange(torch.from_numpy(np.array(video)), "f h w c -> c f h w")
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
@@ -480,21 +472,20 @@ def to_pixels(x, latents=False):
 
 
 def write_array(path, videos):
-    """One compressed array, as fvd.py reads it."""
+    """Videos as an array, compressed, as fvd.py reads it."""
     with whole(path) as file:
         np.savez_compressed(file, videos=videos)
 
 
 def write_pictures(path, videos, fps, columns=16):
-    """Videos side by side as `path`.gif and `path`.mp4, a row of frames each in `path`.png.    uint8 (b, f, h, w, 3)
+    """Videos side by side as `path`.gif and .mp4, a row of frames each as `path`.png.    uint8 (b, f, h, w, 3)
 
     A GIF counts time in hundredths of a second and merges equal frames; the MP4 has every frame.
     """
-    s = max(1, 64 // videos.shape[3])
-    videos = videos.repeat(s, axis=2).repeat(s, axis=3)
-    rows = math.ceil(math.sqrt(len(videos)))
-    grid = np.pad(videos, ((0, -len(videos) % rows), *4 * [(0, 0)]))
-    film = rearrange(grid, "(r s) f h w c -> f (r h) (s w) c", r=rows)
+    scale, rows = max(1, 64 // videos.shape[3]), math.ceil(math.sqrt(len(videos)))
+    videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
+    film = np.pad(videos, ((0, -len(videos) % rows), *4 * [(0, 0)]))
+    film = rearrange(film, "(r s) f h w c -> f (r h) (s w) c", r=rows)
     with whole(path.with_suffix(".gif")) as file:
         iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)))  # H.264 wants even sides
@@ -508,16 +499,12 @@ def write_pictures(path, videos, fps, columns=16):
 
 def new_folder(given, base):
     """Make the folder `given`, which must be empty if it exists, else the first new one of base, base-2, ..."""
-    if given:
-        Path(given).mkdir(parents=True, exist_ok=True)
-        if any(Path(given).iterdir()):
-            raise BadInput(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
-        return Path(given)
-    for i in itertools.count(1):
+    paths = [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1))
+    for path in map(Path, paths):
         with contextlib.suppress(FileExistsError):
-            out = base if i == 1 else base.with_name(f"{base.name}-{i}")
-            out.mkdir(parents=True)
-            return out
+            path.mkdir(parents=True, exist_ok=path.is_dir() and bool(given) and not any(path.iterdir()))
+            return path
+    raise BadInput(f"--out {given} is not an empty folder: choose another, or go on with --resume {given}")
 
 
 def step_in(path):
@@ -532,7 +519,7 @@ def checkpoints(run):
 
 
 def load_checkpoint(run):
-    """A run's folder or one of its checkpoints -> dict on the CPU. Raises BadInput, naming the checkpoint before it."""
+    """A run's folder or one of its checkpoints -> dict on the CPU. Raises BadInput, naming the one before it."""
     path = next(iter(checkpoints(run)), Path(run)) if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise BadInput(f"{run} is no checkpoint and no folder that holds one")
@@ -563,12 +550,12 @@ def rewind(out, step):
 # -----------------------------------------------------------------------------
 # 4. Processes
 #
-# `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share of every
-# batch, and DistributedDataParallel averages their gradients. Rank 0 alone writes and prints.
+# `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share of
+# every batch, and DistributedDataParallel averages their gradients. Rank 0 alone writes and prints.
 
 
 def join(device):
-    """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device. Raises BadInput"""
+    """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
     rank, ranks, local = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks > 1 and device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
@@ -589,31 +576,17 @@ def join(device):
 
 def gather(x):
     """The tensors of all ranks, on the CPU. All ranks wait here for each other.    (...) -> (ranks, ...)"""
-    x = x.cpu().contiguous()
-    if not dist.is_initialized():
-        return x[None]
-    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(xs, x)
+    xs = [x.cpu().contiguous()]
+    if dist.is_initialized():
+        xs = [torch.empty_like(xs[0]) for _ in range(dist.get_world_size())]
+        dist.all_gather(xs, x.cpu().contiguous())
     return torch.stack(xs)
 
 
 def on_signal(action):
-    """What Ctrl-C and SIGTERM do to this process."""
+    """Set what Ctrl-C and SIGTERM do to this process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, action)
-
-
-def stop_on_signal():
-    """Let a signal end the run after the current step, a second one at once.    -> list, empty until then"""
-    stop = []
-
-    def interrupt(*_):
-        stop.append(True)
-        on_signal(signal.SIG_DFL)
-        print("stopping after this step; once more stops at once")
-
-    on_signal(interrupt)
-    return stop
 
 
 def peak_memory(device):
@@ -628,8 +601,8 @@ def peak_memory(device):
 # 5. The loop
 #
 # No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and hidden class
-# of every item, whichever process draws them. So N ranks train as one does with N times the batch, and weights, their
-# average, the optimiser and the step are all that a run needs to go on as if it had never stopped.
+# of every item, whichever process draws them. So N ranks train as one does with N times the batch, and weights,
+# their average, the optimiser and the step are all that a run needs to go on as if it had never stopped.
 
 CHECKPOINT = ("args", "step", "per_step", "data", "network", "network_args", "diffusion_args", "model", "ema",
               "optimizer")  # fmt: skip
@@ -661,12 +634,14 @@ def describe(args):
     return "UNet3D", unet | shared, diffusion
 
 
-def check_network(model, args):
-    """Raise BadInput for what the network cannot do, before hours are spent."""
+def build(network, network_args, args):
+    """The network, on the CPU. Raises BadInput for what it cannot draw, before hours are spent."""
+    model = getattr(vdm_ssm, network)(**network_args)
     if args.size % model.factor:
         raise BadInput(f"--size {args.size} must be a multiple of {model.factor}, for --patch or --dim-mults")
     if args.label is not None and args.label not in args.classes:
-        raise BadInput(f"--class {args.label} is none of the classes of this run: {', '.join(args.classes) or 'none'}")
+        raise BadInput(f"--class {args.label} is none of this run's classes: {', '.join(args.classes) or 'none'}")
+    return model
 
 
 def one_hot(labels, args, device):
@@ -675,15 +650,14 @@ def one_hot(labels, args, device):
 
 
 def batches(data, args, rank, ranks, begin):
-    """This rank's share of every batch from item `begin` on.    -> yields items (b), x0 (b, c, f, h, w), labels (b)"""
+    """This rank's share of all batches from item `begin` on.    -> yields items (b), x0 (b, c, f, h, w), labels (b)"""
     firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
     mine = lambda: (range(first, first + args.batch) for first in firsts)
     # Its processes live through what a terminal or a cluster sends to all: the run ends them after its step.
     ignore = lambda worker: on_signal(signal.SIG_IGN)
     loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers, worker_init_fn=ignore,
                         pin_memory=args.device.startswith("cuda"))  # fmt: skip
-    for items, (x0, labels) in zip(mine(), loader):
-        yield items, x0, labels
+    return ((items, x0, labels) for items, (x0, labels) in zip(mine(), loader))
 
 
 def train(args, checkpoint=None):
@@ -700,15 +674,12 @@ def train(args, checkpoint=None):
         raise BadInput(f"--class-cond needs two classes or more, a folder each: all are in {args.classes[0]}")
     torch.manual_seed(args.seed)
     network, network_args, diffusion_args = describe(args)
-    model = getattr(vdm_ssm, network)(**network_args)
-    check_network(model, args)
+    model = build(network, network_args, args)
     model.to(device, memory_format=torch.channels_last)  # as activations lie: 5 % faster
     decay = lambda k: min(args.ema, (1 + float(k)) / (10 + float(k)))  # a plain average at first
     ema = AveragedModel(model, multi_avg_fn=lambda a, b, k: get_ema_multi_avg_fn(decay(k))(a, b, k))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step, per_step = 0, args.batch * args.grad_accum * ranks
-
-    # Resume.
     if checkpoint:
         if checkpoint["data"] != data.identity:
             raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
@@ -716,10 +687,9 @@ def train(args, checkpoint=None):
             raise BadInput(f"this run takes {checkpoint['per_step']} videos a step, not {per_step} = --batch "
                            f"{args.batch} x --grad-accum {args.grad_accum} x {ranks} processes")  # fmt: skip
         step = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
-        ema.module.load_state_dict(checkpoint["ema"])
+        for name, part in dict(model=model, ema=ema.module, optimizer=optimizer).items():
+            part.load_state_dict(checkpoint[name])
         ema.n_averaged.fill_(step)
-        optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
         for block in model.modules():
@@ -731,37 +701,35 @@ def train(args, checkpoint=None):
         out = Path(args.out) if checkpoint else new_folder(args.out, Path("runs", Path(args.data).stem))
         (out / "samples").mkdir(exist_ok=True)
         rewind(out, step)
-        args.out = str(out)
         print(f"model    {network}, {sum(p.numel() for p in model.parameters()):,} parameters, on {ranks} x {device}"
               f"{', bfloat16' if args.amp else ''}\ndata     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
-    shown = batches(data, args, rank, ranks, step * per_step)
-    stop, bar = stop_on_signal(), tqdm(total=args.steps, initial=step, disable=rank > 0)
+    shown, stop = batches(data, args, rank, ranks, step * per_step), []
+    on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends the run at once
+    bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
     while True:
-        # Save and draw what is due and not there yet.
-        last = step == args.steps
-        due = lambda every: step > 0 and (last or step % every == 0)
-        todo = [bool(stop), False]
+        # Save and draw what is due and not there yet. A signal to any rank stops all of them after the same step.
+        due = lambda every: step > 0 and (step == args.steps or step % every == 0)
         if rank == 0:
-            path = out / f"checkpoint-{step:06d}.pt"
-            drawn = out / f"samples/step-{step:06d}{'.npz' if args.latents else '.png'}"
-            todo[1] = due(args.sample_every) and not drawn.exists()
-        stopped, draws = gather(torch.tensor(todo).int()).any(0).tolist()
+            path, drawn = out / f"checkpoint-{step:06d}.pt", out / f"samples/step-{step:06d}.png"
+            drawn = drawn.with_suffix(".npz") if args.latents else drawn
+        draws = rank == 0 and due(args.sample_every) and not drawn.exists()
+        stopped, draws = gather(torch.tensor([len(stop), draws])).any(0).tolist()
         if rank == 0 and (due(args.save_every) or stopped and step > 0) and not path.exists():
             kept = {name: value for name, value in vars(args).items() if name not in PLACE}
             state = kept, step, per_step, data.identity, network, network_args, diffusion_args
-            states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
+            states = (part.state_dict() for part in (model, ema.module, optimizer))
             with whole(path) as file:
-                torch.save(dict(zip(CHECKPOINT, state + states)), file)
+                torch.save(dict(zip(CHECKPOINT, (*state, *states))), file)
             for old in checkpoints(out)[args.keep :]:
                 old.unlink()
         if draws:
-            videos = sample_videos(ema.module, args, device, args.sample_videos)
+            videos = sample_videos(ema.module, args, device)
             if rank == 0 and args.latents:
                 write_array(drawn, videos)
             elif rank == 0:
                 write_pictures(drawn, np.concatenate([to_pixels(data[0][0][None]), videos]), args.fps)
-        if last or stopped:
+        if step == args.steps or stopped:
             break
 
         # One step.
@@ -777,35 +745,31 @@ def train(args, checkpoint=None):
             seen.append(torch.stack([t, losses.detach()]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
         t, losses = rearrange(gather(torch.stack(seen)), "r a two b -> two (r a b)")
-        loss = losses.mean().item()
+        loss, lr = losses.mean().item(), args.lr * min(1, step / max(1, args.warmup))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise BadInput(f"step {step} has loss {loss} and gradient norm {norm}, and is not saved: try a lower --lr, "
-                           "a longer --warmup or --no-amp in a new run")  # fmt: skip
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup))
+            raise BadInput(f"step {step} has loss {loss} and gradient norm {norm}, and is not saved: try a lower "
+                           "--lr, a longer --warmup or --no-amp in a new run")  # fmt: skip
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(model)
-
-        # Log.
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}")
         if rank == 0:
             quarters = [losses[4 * t // args.diffusion_steps == q] for q in range(4)]  # from little noise to much
             line = dict(step=step, loss=loss, loss_by_noise=[x.mean().item() if len(x) else None for x in quarters],
-                        grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                        videos_per_second=round(per_step / (time.time() - began), 3),
+                        grad_norm=norm, lr=lr, videos_per_second=round(per_step / (time.time() - began), 3),
                         memory_mib=peak_memory(device))  # fmt: skip
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
     bar.close()
     if rank == 0 and step < args.steps:
-        command = "python" if ranks == 1 else f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-        print(f"stopped after step {step}; go on with: {command} train.py --resume {shlex.quote(args.out)}")
+        command = "python" if ranks == 1 else "torchrun ..."
+        print(f"stopped after step {step}; go on with: {command} train.py --resume {shlex.quote(str(out))}")
     elif rank == 0:
-        print(f"wrote {path}\n      {drawn} (the first row is data)\n      {out}/log.jsonl\n"
-              f"more: python train.py sample {shlex.quote(args.out)} --frames {2 * args.frames}")  # fmt: skip
-        print("".join(f"skipped {error}\n" for error in data.skipped.values()), end="")
+        print(f"wrote {path}\n      {drawn}, the first row is data\n      {out}/log.jsonl")
+        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
         dist.destroy_process_group()
@@ -815,52 +779,49 @@ def train(args, checkpoint=None):
 # 6. Sampling
 
 
-def sample_videos(model, args, device, count, progress=iter):
-    """Videos of a network, shared out among the ranks.    -> (count, frames, size, size, c), uint8, latents float32
+def sample_videos(model, args, device, progress=iter):
+    """--videos videos of a network, shared out among the ranks.    -> (n, frames, size, size, c)
 
-    The same seed and number is the same video, whatever is drawn beside it. Videos take the classes in turn.
+    They are uint8, latents float32. The same seed and number is the same video, whatever is drawn beside it.
     """
-    *_, diffusion_args = describe(args)
-    diffusion, parts = GaussianDiffusion(model, **diffusion_args).to(device), []
+    diffusion, parts = GaussianDiffusion(model, **describe(args)[2]).to(device), []
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    each = math.ceil(count / ranks)  # some ranks draw videos beyond `count`: tensors of one shape can be gathered
+    each = math.ceil(args.sample_videos / ranks)  # the last ones may be too many: all ranks gather one shape
     mine = range(rank * each, (rank + 1) * each)
     for part in (mine[i : i + args.batch] for i in range(0, each, args.batch)):
-        rngs = generators(args.seed, part)
-        shape = args.channels, args.frames, args.size, args.size
+        rngs, shape = generators(args.seed, part), (args.channels, args.frames, args.size, args.size)
         noise = lambda *_: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
         sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
         labels = [args.classes.index(args.label) if args.label else i % max(1, len(args.classes)) for i in part]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            x = diffusion.sample(noise(), args.sample_steps, sampler, one_hot(labels, args, device), args.guidance,
-                                 progress)  # fmt: skip
+            cond = one_hot(labels, args, device)  # of all classes in turn
+            x = diffusion.sample(noise(), args.sample_steps, sampler, cond, args.guidance, progress)
         parts.append(to_pixels(x, args.latents))
-    return gather(torch.cat(parts)).flatten(0, 1)[:count].numpy()
+    return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
 
 
 def sample(args, checkpoint):
-    """Draw videos from a checkpoint, without its data; with --real, also write as many that it was not trained on."""
+    """Draw videos from a checkpoint, without its data; with --real, as many that it was not trained on beside them."""
     rank, ranks, device = join(args.device)
-    model = getattr(vdm_ssm, checkpoint["network"])(**checkpoint["network_args"]).to(device)
-    check_network(model, args)
+    model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
     if rank == 0:
         out = new_folder(args.out, checkpoint["folder"] / "sampled")  # now: nothing shall be drawn in vain
+        print(f"writes {out}")
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
             raise BadInput(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
         write_array(out / "real.npz", to_pixels(real, args.latents).numpy())
-    videos = sample_videos(model, args, device, args.sample_videos, partial(tqdm, disable=rank > 0))
+        print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
+    videos = sample_videos(model.to(device), args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
         write_array(out / "fake.npz", videos)
-        print(f"wrote {out}/fake.npz, {videos.dtype} {videos.shape}: videos, frames, height, width, channels")
+        print(f"fake.npz: {videos.dtype} {videos.shape}, videos, frames, height, width, channels")
     if rank == 0 and not args.latents:
         write_pictures(out / "sheet", videos[:16], args.fps)
-        print(f"      {out}/sheet.png, .gif and .mp4, of at most 16 videos")
-    if rank == 0 and args.real:
-        print(f"      {out}/real.npz, of {data.about}\nscore: python fvd.py {out}/real.npz {out}/fake.npz")
+        print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
     if ranks > 1:
         dist.destroy_process_group()
 
