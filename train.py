@@ -9,14 +9,15 @@
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder (--out): checkpoint-STEP.pt (the newest ones), log.jsonl (a line per step), and
-every --sample-every steps into samples/ a contact sheet (a PNG: a row per video, time from left to right), a GIF
-and an MP4. Decoded videos are kept beside it, in cache/.
+A run writes into its own folder (--out) checkpoint-STEP.pt (the newest ones), log.jsonl (a line per step), and
+every --sample-every steps into samples/ a contact sheet (a PNG: a row per video, time from left to right), a
+GIF and an MP4. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
-Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights (EMA)
-and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up are options.
+Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
+(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up are
+options.
 """
 
 import argparse
@@ -52,11 +53,6 @@ from tqdm import tqdm
 import vdm_ssm
 from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
 from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver
-
-try:
-    import resource
-except ImportError:  # Windows: the log does without the peak of memory
-    resource = None
 
 
 class BadInput(ValueError):
@@ -268,12 +264,13 @@ def maze_video(seed, frames, size):
 # -----------------------------------------------------------------------------
 # 2. Videos
 #
-# Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought to
-# size (short side to --size, centre crop) and kept as a memory-mapped file: larger sets than memory train.
+# Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought
+# to size (short side to --size, centre crop) and kept as a memory-mapped file: larger sets than memory train.
 #
 #     source --decode--> cache/KEY.npy, (videos, frames, size, size, channels), uint8, latents float32
 #
-# KEY is made of all that the frames depend on, and a file gets its name when it is whole: what is there is valid.
+# KEY is made of all that the frames depend on, and a file gets its name when it is whole: what is there is
+# valid.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
 FLOATS = {"symmetric": (-1, 1), "unit": (0, 1)}  # what float pixels may mean: the values of black and white
@@ -281,11 +278,11 @@ CORES = min(8, os.cpu_count() or 1)
 
 
 def find_splits(path):
-    """Sources of videos at or below a path, by split.    -> {"all": list of Path, maybe "train": ..., "test": ...}
+    """Sources of videos at or below a path.    -> {"all": list of Path, maybe "train": ..., "test": ...}
 
-    A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its videos'
-    names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part counts, in
-    any case of letters; what is listed but missing is skipped later, by its name. Raises UnreadableVideo.
+    A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its
+    videos' names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part
+    counts, in any case of letters; what is missing is skipped later, by its name. Raises UnreadableVideo.
     """
     path, parts, sources = Path(path), ("train", "test"), find_videos(path)
     splits, here = {"all": sources}, {source.name.lower(): source for source in sources}
@@ -294,9 +291,11 @@ def find_splits(path):
     for folder, pattern in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
         lists = [folder / pattern.format(part) for part in parts]
         if all(file.is_file() for file in lists):
-            names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", file.read_text(errors="replace")) for file in lists]
+            texts = [file.read_text(errors="replace") for file in lists]
+            names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", text) for text in texts]
             if any(name.lower() in here for name in sum(names, [])):
-                return splits | {p: [here.get(n.lower(), path / n) for n in ns] for p, ns in zip(parts, names)}
+                paths = [[here.get(name.lower(), path / name) for name in part] for part in names]
+                return splits | dict(zip(parts, paths))
     return splits
 
 
@@ -322,15 +321,15 @@ def read_source(source, args):
         with naming(source):
             array = load_array(source)
             if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
-                raise ValueError(f"{array.dtype} of shape {array.shape} with --size {args.size}; latents are float "
-                                 "(frames, size, size, channels)")  # fmt: skip
+                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, size, size, channels) of "
+                                 f"--size {args.size}")  # fmt: skip
             array = array.astype(np.float32)
             if not np.isfinite(array).all():
                 raise ValueError("it holds NaN or infinite values")
             yield array
     for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
         if video.scale and not args.floats:
-            raise UnreadableVideo(source, "it holds floats: --floats unit or symmetric tells what is black, 0 or -1")
+            raise UnreadableVideo(source, "it holds floats: give --floats, unit if 0 is black, symmetric if -1 is")
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
 
 
@@ -343,7 +342,7 @@ def cached(source, args):
 
 
 def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, or why not: BadInput, or a reason to skip the source"""
+    """Put the frames of a source into the cache.    -> None, a reason to skip it, or a BadInput"""
     try:
         with tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
             for n, video in enumerate(read_source(source, args), 1):
@@ -400,32 +399,35 @@ class FolderVideos(Dataset):
         splits = find_splits(args.data)
         split = args.split or ("train" if "train" in splits else "all")
         if split not in splits:
-            raise BadInput(f"--split {split}: {args.data} has neither folders train/ and test/ nor the lists of CARLA "
-                           "or UCF101: leave --split out, to take all videos")  # fmt: skip
+            raise BadInput(f"--split {split}: {args.data} has neither train/ and test/ nor lists: leave it out")
         split = "test" if held_out and split == "train" else split
         sources, self.span, self.args = splits[split], args.stride * (args.frames - 1) + 1, args
         self.skipped, self.classes = decode_all(sources, args), sorted({s.parent.name for s in sources})
-        shapes = {s: np.load(cached(s, args), mmap_mode="r").shape for s in sources if s not in self.skipped}
+        files = {s: str(cached(s, args)) for s in sources if s not in self.skipped}
+        shapes = {s: np.load(file, mmap_mode="r").shape for s, file in files.items()}
         if not shapes:
             raise BadInput(f"{args.data} holds no usable video; {next(iter(self.skipped.values()))}")
-        self.videos = [(str(cached(s, args)), k, self.classes.index(s.parent.name))
-                       for s, (n, length, *_) in shapes.items() if length >= self.span for k in range(n)]  # fmt: skip
+        self.videos = [
+            (files[s], k, self.classes.index(s.parent.name))
+            for s, (n, length, *_) in shapes.items() if length >= self.span for k in range(n)
+        ]  # fmt: skip
         if not self.videos:
-            raise BadInput(f"--frames {args.frames} with --stride {args.stride} need videos of {self.span} frames: in "
-                           f"{args.data} the longest has {max(shape[1] for shape in shapes.values())}")  # fmt: skip
+            longest = max(shape[1] for shape in shapes.values())
+            raise BadInput(f"--frames and --stride need {self.span} frames: {args.data} has at most {longest}")
         # Names and shapes, not times: a copy of the data is the same data.
         self.identity = [[os.path.relpath(s, args.data), *shape] for s, shape in shapes.items()]
         self.channels = self.identity[0][-1]
         short = sum(shape[0] for shape in shapes.values()) - len(self)
-        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} have less than {self.span} frames, "
-                      f"{len(self.skipped)} files are unreadable")  # fmt: skip
+        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} frames, "
+                      f"{len(self.skipped)} files unreadable")  # fmt: skip
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, i):
         epoch, k = divmod(i, len(self))
-        path, video, label = self.videos[np.random.default_rng([self.args.seed, epoch]).permutation(len(self))[k]]
+        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self))
+        path, video, label = self.videos[order[k]]
         frames = np.load(path, mmap_mode="r")[video]
         start = np.random.default_rng([self.args.seed, epoch, k]).integers(len(frames) - self.span + 1)
         return to_model_range(frames[start : start + self.span : self.args.stride]), label
@@ -439,8 +441,8 @@ def videos_of(args, held_out=False):
 # -----------------------------------------------------------------------------
 # 3. Files
 #
-# A file is written under another name and then renamed, which a file system does at once or not at all: a killed
-# run leaves the old file or the new one, never half of one.
+# A file is written under another name and then renamed, which a file system does at once or not at all: a
+# killed run leaves the old file or the new one, never half of one.
 
 
 @contextlib.contextmanager
@@ -460,7 +462,7 @@ def whole(path):
 
 
 def to_model_range(video):
-    """uint8 (f, h, w, c) in 0..255 -> float (c, f, h, w) in [-1, 1]; floats, which are latents, stay as they are"""
+    """uint8 (f, h, w, c) in 0..255 -> float (c, f, h, w) in [-1, 1]; latents, which are floats, stay"""
     x = rearrange(torch.from_numpy(np.array(video)), "f h w c -> c f h w")
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
@@ -488,7 +490,7 @@ def write_pictures(path, videos, fps, columns=16):
     film = rearrange(film, "(r s) f h w c -> f (r h) (s w) c", r=rows)
     with whole(path.with_suffix(".gif")) as file:
         iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
-    film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)))  # H.264 wants even sides
+    film = np.pad(film, ((0, 0), *((0, side % 2) for side in film.shape[1:3]), (0, 0)))  # H.264: even sides
     with whole(path.with_suffix(".mp4")) as file:
         file.write(iio.imwrite("<bytes>", film, extension=".mp4", plugin="pyav", codec="libx264", fps=fps))
     shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
@@ -499,12 +501,12 @@ def write_pictures(path, videos, fps, columns=16):
 
 def new_folder(given, base):
     """Make the folder `given`, which must be empty if it exists, else the first new one of base, base-2, ..."""
-    paths = [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1))
-    for path in map(Path, paths):
+    if given and Path(given).is_dir() and any(Path(given).iterdir()):
+        raise BadInput(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
+    for path in [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1)):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True, exist_ok=path.is_dir() and bool(given) and not any(path.iterdir()))
-            return path
-    raise BadInput(f"--out {given} is not an empty folder: choose another, or go on with --resume {given}")
+            Path(path).mkdir(parents=True, exist_ok=bool(given))
+            return Path(path)
 
 
 def step_in(path):
@@ -515,7 +517,7 @@ def step_in(path):
 
 def checkpoints(run):
     """Paths of a run's checkpoints, the newest first."""
-    return sorted((path for path in Path(run).glob("*.pt") if step_in(path) >= 0), key=step_in, reverse=True)
+    return sorted(filter(lambda path: step_in(path) >= 0, Path(run).glob("*.pt")), key=step_in, reverse=True)
 
 
 def load_checkpoint(run):
@@ -550,13 +552,14 @@ def rewind(out, step):
 # -----------------------------------------------------------------------------
 # 4. Processes
 #
-# `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share of
-# every batch, and DistributedDataParallel averages their gradients. Rank 0 alone writes and prints.
+# `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share
+# of every batch, and DistributedDataParallel averages their gradients. Rank 0 alone writes and prints.
 
 
 def join(device):
     """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
-    rank, ranks, local = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)  # set by torchrun
+    rank, ranks, local = (int(os.environ.get(*variable)) for variable in variables)
     if ranks > 1 and device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
     try:
@@ -589,27 +592,20 @@ def on_signal(action):
         signal.signal(number, action)
 
 
-def peak_memory(device):
-    """The most memory this process has held, in MiB: the GPU's if it computes there. None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 # -----------------------------------------------------------------------------
 # 5. The loop
 #
-# No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and hidden class
-# of every item, whichever process draws them. So N ranks train as one does with N times the batch, and weights,
-# their average, the optimiser and the step are all that a run needs to go on as if it had never stopped.
+# No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and
+# hidden class of every item, whichever process draws them. So N ranks train as one does with N times the
+# batch, and weights, their average, the optimiser and the step are all that a run needs to go on as if it had
+# never stopped.
 
 CHECKPOINT = ("args", "step", "per_step", "data", "network", "network_args", "diffusion_args", "model", "ema",
               "optimizer")  # fmt: skip
 
 
 def generators(seed, items, device="cpu"):
-    """A random generator for each item, so that its numbers do not depend on what is drawn together with it."""
+    """A random generator for each item: its numbers do not depend on what is drawn together with it."""
     seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]) for i in items]
     return [torch.Generator(device).manual_seed(s) for s in seeds]
 
@@ -638,9 +634,9 @@ def build(network, network_args, args):
     """The network, on the CPU. Raises BadInput for what it cannot draw, before hours are spent."""
     model = getattr(vdm_ssm, network)(**network_args)
     if args.size % model.factor:
-        raise BadInput(f"--size {args.size} must be a multiple of {model.factor}, for --patch or --dim-mults")
+        raise BadInput(f"--size {args.size} must be a multiple of {model.factor}, by --patch or --dim-mults")
     if args.label is not None and args.label not in args.classes:
-        raise BadInput(f"--class {args.label} is none of this run's classes: {', '.join(args.classes) or 'none'}")
+        raise BadInput(f"--class {args.label} is none of {args.classes}, the classes of this run (--class-cond)")
     return model
 
 
@@ -650,7 +646,7 @@ def one_hot(labels, args, device):
 
 
 def batches(data, args, rank, ranks, begin):
-    """This rank's share of all batches from item `begin` on.    -> yields items (b), x0 (b, c, f, h, w), labels (b)"""
+    """This rank's share of all batches from item `begin` on.    -> yields items, x0 (b, c, f, h, w), labels (b)"""
     firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
     mine = lambda: (range(first, first + args.batch) for first in firsts)
     # Its processes live through what a terminal or a cluster sends to all: the run ends them after its step.
@@ -671,7 +667,7 @@ def train(args, checkpoint=None):
         gather(torch.zeros(1))
     args.channels, args.classes = data.channels, list(data.classes) if args.class_cond else []
     if len(args.classes) == 1:
-        raise BadInput(f"--class-cond needs two classes or more, a folder each: all are in {args.classes[0]}")
+        raise BadInput(f"--class-cond needs two classes, a folder each: all videos are in {args.classes[0]}")
     torch.manual_seed(args.seed)
     network, network_args, diffusion_args = describe(args)
     model = build(network, network_args, args)
@@ -682,10 +678,9 @@ def train(args, checkpoint=None):
     step, per_step = 0, args.batch * args.grad_accum * ranks
     if checkpoint:
         if checkpoint["data"] != data.identity:
-            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start a new run")
+            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them or start a new run")
         if checkpoint["per_step"] != per_step:
-            raise BadInput(f"this run takes {checkpoint['per_step']} videos a step, not {per_step} = --batch "
-                           f"{args.batch} x --grad-accum {args.grad_accum} x {ranks} processes")  # fmt: skip
+            raise BadInput(f"--batch x --grad-accum x processes was {checkpoint['per_step']}, is {per_step} and must stay")
         step = checkpoint["step"]
         for name, part in dict(model=model, ema=ema.module, optimizer=optimizer).items():
             part.load_state_dict(checkpoint[name])
@@ -701,8 +696,9 @@ def train(args, checkpoint=None):
         out = Path(args.out) if checkpoint else new_folder(args.out, Path("runs", Path(args.data).stem))
         (out / "samples").mkdir(exist_ok=True)
         rewind(out, step)
-        print(f"model    {network}, {sum(p.numel() for p in model.parameters()):,} parameters, on {ranks} x {device}"
-              f"{', bfloat16' if args.amp else ''}\ndata     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
+        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
+              f"data     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
     shown, stop = batches(data, args, rank, ranks, step * per_step), []
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends the run at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
@@ -756,10 +752,11 @@ def train(args, checkpoint=None):
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}")
         if rank == 0:
-            quarters = [losses[4 * t // args.diffusion_steps == q] for q in range(4)]  # from little noise to much
-            line = dict(step=step, loss=loss, loss_by_noise=[x.mean().item() if len(x) else None for x in quarters],
-                        grad_norm=norm, lr=lr, videos_per_second=round(per_step / (time.time() - began), 3),
-                        memory_mib=peak_memory(device))  # fmt: skip
+            quarters = [losses[4 * t // args.diffusion_steps == q] for q in range(4)]  # little noise to much
+            by_noise = [part.mean().item() if len(part) else None for part in quarters]
+            memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+            line = dict(step=step, loss=loss, loss_by_noise=by_noise, grad_norm=norm, lr=lr, memory_mib=memory,
+                        videos_per_second=per_step / (time.time() - began))  # fmt: skip
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -769,7 +766,7 @@ def train(args, checkpoint=None):
         print(f"stopped after step {step}; go on with: {command} train.py --resume {shlex.quote(str(out))}")
     elif rank == 0:
         print(f"wrote {path}\n      {drawn}, the first row is data\n      {out}/log.jsonl")
-        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
+        print(*(f"skipped {why}" for why in data.skipped.values()), sep="\n")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
         dist.destroy_process_group()
@@ -792,7 +789,8 @@ def sample_videos(model, args, device, progress=iter):
         rngs, shape = generators(args.seed, part), (args.channels, args.frames, args.size, args.size)
         noise = lambda *_: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
         sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
-        labels = [args.classes.index(args.label) if args.label else i % max(1, len(args.classes)) for i in part]
+        turn = [args.label] if args.label else args.classes or [None]
+        labels = [args.classes.index(turn[i % len(turn)]) for i in part] if args.classes else []
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             cond = one_hot(labels, args, device)  # of all classes in turn
             x = diffusion.sample(noise(), args.sample_steps, sampler, cond, args.guidance, progress)
@@ -801,7 +799,7 @@ def sample_videos(model, args, device, progress=iter):
 
 
 def sample(args, checkpoint):
-    """Draw videos from a checkpoint, without its data; with --real, as many that it was not trained on beside them."""
+    """Draw videos from a checkpoint, without its data; with --real, also write those that it should resemble."""
     rank, ranks, device = join(args.device)
     model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
@@ -829,22 +827,12 @@ def sample(args, checkpoint):
 # -----------------------------------------------------------------------------
 # 7. The command line
 #
-# A run that goes on, and samples of a run, take the arguments of its checkpoint as their defaults. A number that would
-# make another run of it may not change.
+# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults.
 
-PLACE = {"command", "run", "resume", "out", "cache", "device", "workers"}  # is not taken over from a checkpoint
+PLACE = {"command", "run", "resume", "out", "cache", "device", "workers"}  # not stored in a checkpoint
 DRAWING = {"sample_videos", "sampler", "sample_steps", "eta", "guidance", "label", "fps", "data", "amp"}
-MAY_CHANGE = {
-    None: DRAWING | {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"},
-    "sample": DRAWING | {"frames", "size", "seed", "batch", "real"},
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one sentence, by BadInput."""
-
-    def error(self, message):
-        raise BadInput(f"{message}; python train.py --help lists all options")
+SPEED = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
+MAY_CHANGE = {None: DRAWING | SPEED, "sample": DRAWING | {"frames", "size", "seed", "batch", "real"}}
 
 
 def within(kind, low, high=math.inf):
@@ -859,11 +847,6 @@ def within(kind, low, high=math.inf):
     return read
 
 
-def data_path(text):
-    """"maze", or the path of data that is right in any working folder."""
-    return text if text == "maze" else str(Path(text).resolve())
-
-
 def multiples(text):
     """"1,2,4" -> [1, 2, 4]"""
     return [within(int, 1)(part) for part in text.split(",")]
@@ -872,50 +855,47 @@ def multiples(text):
 def make_parser():
     """All options. By default a CPU run ends in minutes, and a GPU run is worth its device."""
     gpu, count, share = torch.cuda.is_available(), within(int, 1), within(float, 0, 1)
-    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
-    parser = Parser(prog="train.py", description="Train a video diffusion model, or draw samples of a run.",
-                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help", **how)
 
-    def add(flag, default=None, help="", **options):
+    def add(flag, default, help, *aliases, **options):
         """An option of the current group. A pair of defaults is one for a GPU and one for a CPU."""
         default = default[not gpu] if isinstance(default, tuple) else default
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        group.add_argument(flag, default=default, help=help, **options)
+        group.add_argument(flag, *aliases, default=default, help=help, **options)
 
-    group = parser.add_argument_group("to draw samples")
-    group.add_argument("command", nargs="?", choices=("sample",), help="draw samples of RUN instead of training")
-    group.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or a checkpoint in it")
-    add("--real", help="also write as many videos that the run was not trained on, to be scored by fvd.py: held-out "
-        "walks, the test split, or without one the data trained on", type=count)  # fmt: skip
+    group = parser.add_argument_group("samples of a run")
+    add("command", None, "draw samples of RUN instead of training", nargs="?", choices=("sample",))
+    add("run", None, "folder of a run, or a checkpoint in it", nargs="?", metavar="RUN")
+    add("--real", None, "write as many held-out walks or videos of the test split (of all, if none) too", type=count)
     group = parser.add_argument_group("data")
-    add("--data", "maze", "'maze', or a file or folder of videos, arrays and image sequences", type=data_path)
-    add("--split", None, "part of a data set with folders train/ and test/ or lists as those of CARLA and UCF101: by "
-        "default train, the papers train on all; other data is taken whole", choices=("train", "test", "all"))  # fmt: skip
+    add("--data", "maze", "'maze', or a file or folder of videos, arrays and image sequences")
+    add("--split", None, "part of a data set that has train/ and test/, or lists as CARLA and UCF101; there train, "
+        "unless given (the papers: all)", choices=("train", "test", "all"))  # fmt: skip
     add("--size", (32, 16), "height and width in pixels", type=count)
     add("--antialias", True, "in reducing videos to --size; the papers do without")
     add("--frames", (16, 8), "frames per video", type=count)
     add("--stride", 1, "take every K-th frame of a video", type=count, metavar="K")
-    add("--floats", None, "what float pixels mean: from 0 to 1 (unit) or from -1 to 1 (symmetric)", choices=FLOATS)
-    add("--latents", False, "--data holds float arrays (frames, size, size, channels), such as a VAE's latents, to be "
-        "trained on as they are")  # fmt: skip
-    add("--workers", (CORES, 0), "processes that load batches and decode files; 0: the run itself loads, one process "
-        "per core, 8 at most, decodes", type=within(int, 0))  # fmt: skip
-    add("--class-cond", False, "tell the network each video's class: its folder, or the style of the maze's walls")
+    add("--floats", None, "what float pixels mean: unit, 0 to 1; symmetric, -1 to 1", choices=FLOATS)
+    add("--latents", False, "train on float arrays (frames, size, size, channels), as of a VAE, as they are")
+    add("--workers", (CORES, 0), "processes that load and decode; 0: none, but as many decode as there are cores",
+        type=within(int, 0))  # fmt: skip
+    add("--class-cond", False, "tell the network each video's class: its folder, or the style of the walls")
     add("--cond-drop", 0.1, "share of videos whose class is hidden in training, for --guidance", type=share)
     group = parser.add_argument_group("model")
     add("--backbone", "unet", "network", choices=("unet", "dim"))
     add("--target", "v", "what it predicts", choices=("eps", "v", "x0"))
     add("--diffusion-steps", 256, "steps of the schedule", type=count)
-    add("--temporal", "bi-mamba", "unet: temporal layer, one of " + ", ".join(TEMPORAL_LAYERS), metavar="NAME",
-        choices=TEMPORAL_LAYERS)  # fmt: skip
+    names = ", ".join(TEMPORAL_LAYERS)
+    add("--temporal", "bi-mamba", f"unet: temporal layer, {names}", metavar="NAME", choices=TEMPORAL_LAYERS)
     add("--dim", (64, 32), "unet: width of the first level, a multiple of 8", type=count)
-    add("--dim-mults", ([1, 2, 4, 8], [1, 2, 4]), "unet: widths of the levels in units of dim", type=multiples)
+    add("--dim-mults", ([1, 2, 4, 8], [1, 2, 4]), "unet: widths of the levels, in dim", type=multiples)
     add("--heads", (8, 4), "unet: attention heads", type=count)
     add("--depth", (12, 6), "dim: blocks", type=count)
     add("--width", (384, 192), "dim: numbers per token, a multiple of 8", type=count)
-    add("--dim-size", None, "dim: depth and width as in DiT, instead of --depth and --width", choices=DIM_SIZES)
+    add("--dim-size", None, "dim: DiT's depth and width, instead of those above", choices=DIM_SIZES)
     add("--patch", (2, 4), "dim: side of a token in pixels", type=count)
     group = parser.add_argument_group("training")
     add("--steps", (20_000, 500), "optimiser steps in all", type=count)
@@ -928,24 +908,24 @@ def make_parser():
     add("--seed", 0, "of weights, data order and noise", type=within(int, 0, 2**31 - 1))
     group = parser.add_argument_group("speed and memory")
     add("--device", best, "cuda, cuda:1, mps or cpu")
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--amp", bf16, "matrix products and convolutions in bfloat16")
     add("--compile", False, "torch.compile: minutes at first, then faster steps")
     add("--recompute", False, "compute activations twice: less memory, more time")
-    group = parser.add_argument_group("run")
-    add("--out", None, "folder to write to: by default runs/ and the data's name, or RUN/sampled, numbered if taken")
-    add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, with its arguments; those of "
-        "speed, memory, saving and drawing may change, --steps too, and --batch and --grad-accum if their product with "
-        "the number of processes stays", metavar="RUN")  # fmt: skip
+    group = parser.add_argument_group("run").add_mutually_exclusive_group()
+    add("--out", None, "folder to write to, by default runs/ and the data's name or RUN/sampled, numbered if taken")
+    add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, with its arguments; steps, "
+        "speed, saving and drawing may change, batch x grad-accum x processes stays", metavar="RUN")  # fmt: skip
+    group = parser.add_argument_group("saving and drawing")
     add("--save-every", (1000, 100), "steps from checkpoint to checkpoint", type=count)
     add("--keep", 2, "checkpoints kept, the newest ones", type=count)
     add("--sample-every", (2000, 500), "steps from sample to sample", type=count)
-    group = parser.add_argument_group("samples, during training and after")
-    group.add_argument("--videos", "--sample-videos", dest="sample_videos", default=8, type=count, help="how many")
+    add("--videos", 8, "videos drawn", "--sample-videos", dest="sample_videos", metavar="N", type=count)
     add("--sampler", "ddim", "ddim, or dpm, DPM-Solver++ of second order", choices=("ddim", "dpm"))
     add("--sample-steps", 50, "denoising steps", type=count)
     add("--eta", 0.0, "noise in ddim: 0 DDIM, 1 DDPM", type=share)
-    add("--guidance", 1.0, "weight of the class: 0 ignores it, more than 1 exaggerates it", type=within(float, -100, 100))
-    add("--class", None, "draw this class alone instead of all in turn", dest="label", metavar="CLASS")
+    add("--guidance", 1.0, "weight of the class: 0 ignores, above 1 exaggerates it", type=within(float, -100, 100))
+    add("--class", None, "draw this class alone instead of all in turn", dest="label", metavar="NAME")
     add("--fps", 8.0, "frames per second of GIFs and MP4s", type=within(float, 0.1, 1000))
     return parser
 
@@ -954,32 +934,30 @@ def parse(argv):
     """Arguments and, if a run is named, its checkpoint. Raises BadInput."""
     parser, checkpoint = make_parser(), None
     args = parser.parse_args(argv)
-    if (args.command is None) != (args.run is None) or args.command and args.resume or args.real and not args.command:
-        parser.error("samples are drawn by: train.py sample RUN, to which --real belongs and --resume does not")
+    if bool(args.command) != bool(args.run) or args.command and args.resume or args.real and not args.command:
+        raise BadInput("samples are drawn by: train.py sample RUN [--real N], without --resume")
     source = args.run if args.command else args.resume
     if source is not None:
         checkpoint = load_checkpoint(source)
         saved = checkpoint["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved))
-        may = MAY_CHANGE[args.command]
-        changed = [f"--{name.replace('_', '-')} (was {saved[name]})" for name in saved
-                   if name not in may and getattr(args, name) != saved[name]]  # fmt: skip
-        if changed:
-            raise BadInput(f"{', '.join(changed)} cannot change: leave it out, or start a new run with --out")
+        for name in saved.keys() - MAY_CHANGE[args.command]:
+            if getattr(args, name) != saved[name]:
+                raise BadInput(f"--{name.replace('_', '-')} was {saved[name]} and cannot change: leave it out")
+        if args.resume and args.steps < checkpoint["step"]:
+            raise BadInput(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
+        args.out = str(checkpoint["folder"]) if args.resume else args.out
     folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
     args.cache = str(folder.resolve().parent / "cache")
-    if args.resume is not None:
-        if args.out is not None or args.steps < checkpoint["step"]:
-            raise BadInput(f"--resume goes on in {folder} from step {checkpoint['step']}: give no --out, no less --steps")
-        args.out = str(folder)
-    if args.data != "maze" and Path(args.data) in Path(args.out or folder, "inside").resolve().parents:
-        raise BadInput(f"{args.out or folder} lies in --data, and samples would become data: give another --out")
+    args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
+    if args.data != "maze" and Path(args.data) in Path(args.out or folder, "samples").resolve().parents:
+        raise BadInput(f"--out {args.out or folder} lies in --data, and samples would become data: choose another")
     if args.sample_steps > args.diffusion_steps:
-        raise BadInput(f"--sample-steps {args.sample_steps} are more than --diffusion-steps {args.diffusion_steps}")
+        raise BadInput(f"--sample-steps {args.sample_steps} is more than --diffusion-steps {args.diffusion_steps}")
     if args.sampler == "dpm" and args.eta:
         raise BadInput(f"--sampler dpm adds no noise: leave out --eta {args.eta}, or take --sampler ddim")
     if args.guidance != 1 and not (args.class_cond and args.cond_drop):
-        raise BadInput(f"--guidance {args.guidance} needs a model trained with --class-cond and a --cond-drop above 0")
+        raise BadInput(f"--guidance {args.guidance} needs a run with --class-cond and with --cond-drop above 0")
     return args, checkpoint
 
 
@@ -996,13 +974,11 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell expects of Ctrl-C
     except Exception as error:
-        told = str(error).strip().rpartition("\n")[2]  # a loader's process puts its traceback before it
+        code, told = 2, str(error).strip().rpartition("\n")[2]  # after the traceback of a loader's process
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-            told = "not enough memory: give --recompute, or a lower --batch, --frames, --size, --dim or --width"
+            told = "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
         elif not isinstance(error, (ValueError, OSError)):
-            told = None
-            traceback.print_exc()
-        if told:
-            print(f"train.py: {told}", file=sys.stderr)
+            code, told = 1, traceback.format_exc()
+        print(f"train.py: {told}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2 if told else 1)  # sys.exit would wait for ever for loaders' processes, which ignore its SIGTERM
+        os._exit(code)  # sys.exit would wait for ever for processes that load, which ignore its SIGTERM
