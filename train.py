@@ -9,15 +9,15 @@
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder (--out) checkpoint-STEP.pt (the newest ones), log.jsonl (a line per step), and
+A run writes into its own folder (--out) checkpoint-STEP.pt, the newest ones, log.jsonl, a line per step, and
 every --sample-every steps into samples/ a contact sheet (a PNG: a row per video, time from left to right), a
 GIF and an MP4. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
-(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up are
-options.
+(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up
+are options.
 """
 
 import argparse
@@ -321,15 +321,15 @@ def read_source(source, args):
         with naming(source):
             array = load_array(source)
             if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
-                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, size, size, channels) of "
-                                 f"--size {args.size}")  # fmt: skip
+                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, size, size, channels) "
+                                 f"of --size {args.size}")  # fmt: skip
             array = array.astype(np.float32)
             if not np.isfinite(array).all():
                 raise ValueError("it holds NaN or infinite values")
             yield array
     for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
         if video.scale and not args.floats:
-            raise UnreadableVideo(source, "it holds floats: give --floats, unit if 0 is black, symmetric if -1 is")
+            raise UnreadableVideo(source, "floats: give --floats unit (black is 0) or symmetric (-1)")
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
 
 
@@ -342,7 +342,7 @@ def cached(source, args):
 
 
 def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, a reason to skip it, or a BadInput"""
+    """Put the frames of a source into the cache.    -> None, or a reason to skip it. Raises BadInput"""
     try:
         with tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
             for n, video in enumerate(read_source(source, args), 1):
@@ -353,8 +353,6 @@ def decode(source, args):
                 np.save(file, np.memmap(raw, frame.dtype, "r").reshape(n, -1, *frame.shape))
     except UnreadableVideo as error:
         return str(error)
-    except BadInput as error:
-        return error
 
 
 def decode_all(sources, args):
@@ -363,11 +361,8 @@ def decode_all(sources, args):
     missing = [source for source in sources if not (source.exists() and cached(source, args).exists())]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
-    errors = dict(zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing)))
-    for error in errors.values():
-        if isinstance(error, BadInput):
-            raise error
-    return {source: why for source, why in errors.items() if why}
+    reasons = zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing))
+    return {source: why for source, why in reasons if why}
 
 
 class MazeVideos(Dataset):
@@ -391,15 +386,15 @@ class MazeVideos(Dataset):
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, the name of its folder
 
-    An epoch shows a window of every video. Pixels are in [-1, 1], latents keep their values. held_out: the test
-    split, if "train" is trained on.
+    An epoch shows a window of every video. Pixels are in [-1, 1], latents keep their values. held_out: the
+    test split, if "train" is trained on.
     """
 
     def __init__(self, args, held_out=False):
         splits = find_splits(args.data)
         split = args.split or ("train" if "train" in splits else "all")
         if split not in splits:
-            raise BadInput(f"--split {split}: {args.data} has neither train/ and test/ nor lists: leave it out")
+            raise BadInput(f"--split {split}: {args.data} has no train/ and test/ and no lists: leave it out")
         split = "test" if held_out and split == "train" else split
         sources, self.span, self.args = splits[split], args.stride * (args.frames - 1) + 1, args
         self.skipped, self.classes = decode_all(sources, args), sorted({s.parent.name for s in sources})
@@ -413,13 +408,13 @@ class FolderVideos(Dataset):
         ]  # fmt: skip
         if not self.videos:
             longest = max(shape[1] for shape in shapes.values())
-            raise BadInput(f"--frames and --stride need {self.span} frames: {args.data} has at most {longest}")
+            raise BadInput(f"--frames, --stride need {self.span} frames, {args.data} has at most {longest}")
         # Names and shapes, not times: a copy of the data is the same data.
         self.identity = [[os.path.relpath(s, args.data), *shape] for s, shape in shapes.items()]
         self.channels = self.identity[0][-1]
         short = sum(shape[0] for shape in shapes.values()) - len(self)
-        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} frames, "
-                      f"{len(self.skipped)} files unreadable")  # fmt: skip
+        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} "
+                      f"frames, {len(self.skipped)} files unreadable")  # fmt: skip
 
     def __len__(self):
         return len(self.videos)
@@ -480,7 +475,7 @@ def write_array(path, videos):
 
 
 def write_pictures(path, videos, fps, columns=16):
-    """Videos side by side as `path`.gif and .mp4, a row of frames each as `path`.png.    uint8 (b, f, h, w, 3)
+    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)
 
     A GIF counts time in hundredths of a second and merges equal frames; the MP4 has every frame.
     """
@@ -500,7 +495,7 @@ def write_pictures(path, videos, fps, columns=16):
 
 
 def new_folder(given, base):
-    """Make the folder `given`, which must be empty if it exists, else the first new one of base, base-2, ..."""
+    """Make the folder `given`, which must be empty if it exists, else the first new of base, base-2, ..."""
     if given and Path(given).is_dir() and any(Path(given).iterdir()):
         raise BadInput(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
     for path in [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1)):
@@ -521,17 +516,17 @@ def checkpoints(run):
 
 
 def load_checkpoint(run):
-    """A run's folder or one of its checkpoints -> dict on the CPU. Raises BadInput, naming the one before it."""
+    """A run's folder or one of its checkpoints -> dict. Raises BadInput, naming the one before it."""
     path = next(iter(checkpoints(run)), Path(run)) if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise BadInput(f"{run} is no checkpoint and no folder that holds one")
+        raise BadInput(f"{path} is no checkpoint and no folder that holds one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
     except Exception as error:  # zip, pickle and torch share no narrower class
         before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
         mend = f": go on with the one before it, {before[0]}" if before else ""
-        raise BadInput(f"{path} is damaged, or not of this train.py ({type(error).__name__}){mend}") from error
+        raise BadInput(f"{path} is damaged or not of train.py ({type(error).__name__}){mend}") from error
 
 
 def rewind(out, step):
@@ -592,6 +587,11 @@ def on_signal(action):
         signal.signal(number, action)
 
 
+def ignore_signals(worker):
+    """Let a loader's process live through what a terminal or a cluster sends to all: the run will end it."""
+    on_signal(signal.SIG_IGN)
+
+
 # -----------------------------------------------------------------------------
 # 5. The loop
 #
@@ -620,7 +620,7 @@ def draw(items, shape, args, device):
 
 
 def describe(args):
-    """What builds the network and its diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
+    """What makes network and diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
     shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
     diffusion = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
     if args.backbone == "dim":
@@ -636,7 +636,7 @@ def build(network, network_args, args):
     if args.size % model.factor:
         raise BadInput(f"--size {args.size} must be a multiple of {model.factor}, by --patch or --dim-mults")
     if args.label is not None and args.label not in args.classes:
-        raise BadInput(f"--class {args.label} is none of {args.classes}, the classes of this run (--class-cond)")
+        raise BadInput(f"--class {args.label} is none of {args.classes}, the classes of this run")
     return model
 
 
@@ -646,12 +646,10 @@ def one_hot(labels, args, device):
 
 
 def batches(data, args, rank, ranks, begin):
-    """This rank's share of all batches from item `begin` on.    -> yields items, x0 (b, c, f, h, w), labels (b)"""
+    """This rank's share of all batches from item `begin` on.    -> iterator: items (b), x0, labels (b)"""
     firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
     mine = lambda: (range(first, first + args.batch) for first in firsts)
-    # Its processes live through what a terminal or a cluster sends to all: the run ends them after its step.
-    ignore = lambda worker: on_signal(signal.SIG_IGN)
-    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers, worker_init_fn=ignore,
+    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers, worker_init_fn=ignore_signals,
                         pin_memory=args.device.startswith("cuda"))  # fmt: skip
     return ((items, x0, labels) for items, (x0, labels) in zip(mine(), loader))
 
@@ -678,9 +676,10 @@ def train(args, checkpoint=None):
     step, per_step = 0, args.batch * args.grad_accum * ranks
     if checkpoint:
         if checkpoint["data"] != data.identity:
-            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them or start a new run")
+            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start anew")
         if checkpoint["per_step"] != per_step:
-            raise BadInput(f"--batch x --grad-accum x processes was {checkpoint['per_step']}, is {per_step} and must stay")
+            was = checkpoint["per_step"]
+            raise BadInput(f"--batch x --grad-accum x processes was {was} and must stay, but is {per_step}")
         step = checkpoint["step"]
         for name, part in dict(model=model, ema=ema.module, optimizer=optimizer).items():
             part.load_state_dict(checkpoint[name])
@@ -700,11 +699,11 @@ def train(args, checkpoint=None):
         print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
               f"data     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
     shown, stop = batches(data, args, rank, ranks, step * per_step), []
-    on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends the run at once
+    on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
     while True:
-        # Save and draw what is due and not there yet. A signal to any rank stops all of them after the same step.
+        # Save and draw what is due and not there yet. A signal to one rank stops all after the same step.
         due = lambda every: step > 0 and (step == args.steps or step % every == 0)
         if rank == 0:
             path, drawn = out / f"checkpoint-{step:06d}.pt", out / f"samples/step-{step:06d}.png"
@@ -743,8 +742,8 @@ def train(args, checkpoint=None):
         t, losses = rearrange(gather(torch.stack(seen)), "r a two b -> two (r a b)")
         loss, lr = losses.mean().item(), args.lr * min(1, step / max(1, args.warmup))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise BadInput(f"step {step} has loss {loss} and gradient norm {norm}, and is not saved: try a lower "
-                           "--lr, a longer --warmup or --no-amp in a new run")  # fmt: skip
+            raise BadInput(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
+                           "with a lower --lr, a longer --warmup or --no-amp")  # fmt: skip
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -755,8 +754,8 @@ def train(args, checkpoint=None):
             quarters = [losses[4 * t // args.diffusion_steps == q] for q in range(4)]  # little noise to much
             by_noise = [part.mean().item() if len(part) else None for part in quarters]
             memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-            line = dict(step=step, loss=loss, loss_by_noise=by_noise, grad_norm=norm, lr=lr, memory_mib=memory,
-                        videos_per_second=per_step / (time.time() - began))  # fmt: skip
+            line = dict(step=step, loss=loss, loss_by_noise=by_noise, grad_norm=norm, lr=lr,
+                        videos_per_second=per_step / (time.time() - began), memory_mib=memory)  # fmt: skip
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -799,7 +798,7 @@ def sample_videos(model, args, device, progress=iter):
 
 
 def sample(args, checkpoint):
-    """Draw videos from a checkpoint, without its data; with --real, also write those that it should resemble."""
+    """Draw videos from a checkpoint, without its data. --real writes those that they should resemble, too."""
     rank, ranks, device = join(args.device)
     model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
@@ -831,8 +830,8 @@ def sample(args, checkpoint):
 
 PLACE = {"command", "run", "resume", "out", "cache", "device", "workers"}  # not stored in a checkpoint
 DRAWING = {"sample_videos", "sampler", "sample_steps", "eta", "guidance", "label", "fps", "data", "amp"}
-SPEED = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
-MAY_CHANGE = {None: DRAWING | SPEED, "sample": DRAWING | {"frames", "size", "seed", "batch", "real"}}
+LOOP = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
+MAY_CHANGE = {None: DRAWING | LOOP, "sample": DRAWING | {"frames", "size", "seed", "batch", "real"}}
 
 
 def within(kind, low, high=math.inf):
@@ -869,10 +868,10 @@ def make_parser():
     group = parser.add_argument_group("samples of a run")
     add("command", None, "draw samples of RUN instead of training", nargs="?", choices=("sample",))
     add("run", None, "folder of a run, or a checkpoint in it", nargs="?", metavar="RUN")
-    add("--real", None, "write as many held-out walks or videos of the test split (of all, if none) too", type=count)
+    add("--real", None, "write as many videos of the test split too (if it has none: of all)", type=count)
     group = parser.add_argument_group("data")
     add("--data", "maze", "'maze', or a file or folder of videos, arrays and image sequences")
-    add("--split", None, "part of a data set that has train/ and test/, or lists as CARLA and UCF101; there train, "
+    add("--split", None, "part of a data set with train/ and test/, or lists as of CARLA and UCF101: train "
         "unless given (the papers: all)", choices=("train", "test", "all"))  # fmt: skip
     add("--size", (32, 16), "height and width in pixels", type=count)
     add("--antialias", True, "in reducing videos to --size; the papers do without")
@@ -880,7 +879,7 @@ def make_parser():
     add("--stride", 1, "take every K-th frame of a video", type=count, metavar="K")
     add("--floats", None, "what float pixels mean: unit, 0 to 1; symmetric, -1 to 1", choices=FLOATS)
     add("--latents", False, "train on float arrays (frames, size, size, channels), as of a VAE, as they are")
-    add("--workers", (CORES, 0), "processes that load and decode; 0: none, but as many decode as there are cores",
+    add("--workers", (CORES, 0), "processes that load and decode; 0: none, but one per core decodes",
         type=within(int, 0))  # fmt: skip
     add("--class-cond", False, "tell the network each video's class: its folder, or the style of the walls")
     add("--cond-drop", 0.1, "share of videos whose class is hidden in training, for --guidance", type=share)
@@ -913,9 +912,9 @@ def make_parser():
     add("--compile", False, "torch.compile: minutes at first, then faster steps")
     add("--recompute", False, "compute activations twice: less memory, more time")
     group = parser.add_argument_group("run").add_mutually_exclusive_group()
-    add("--out", None, "folder to write to, by default runs/ and the data's name or RUN/sampled, numbered if taken")
-    add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, with its arguments; steps, "
-        "speed, saving and drawing may change, batch x grad-accum x processes stays", metavar="RUN")  # fmt: skip
+    add("--out", None, "folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
+    add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, as it was: only "
+        "steps, speed, saving and drawing may change, batch x grad-accum x processes not", metavar="RUN")
     group = parser.add_argument_group("saving and drawing")
     add("--save-every", (1000, 100), "steps from checkpoint to checkpoint", type=count)
     add("--keep", 2, "checkpoints kept, the newest ones", type=count)
@@ -924,7 +923,7 @@ def make_parser():
     add("--sampler", "ddim", "ddim, or dpm, DPM-Solver++ of second order", choices=("ddim", "dpm"))
     add("--sample-steps", 50, "denoising steps", type=count)
     add("--eta", 0.0, "noise in ddim: 0 DDIM, 1 DDPM", type=share)
-    add("--guidance", 1.0, "weight of the class: 0 ignores, above 1 exaggerates it", type=within(float, -100, 100))
+    add("--guidance", 1.0, "weight of the class: 0 ignores, 2 exaggerates it", type=within(float, -100, 100))
     add("--class", None, "draw this class alone instead of all in turn", dest="label", metavar="NAME")
     add("--fps", 8.0, "frames per second of GIFs and MP4s", type=within(float, 0.1, 1000))
     return parser
@@ -943,7 +942,7 @@ def parse(argv):
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         for name in saved.keys() - MAY_CHANGE[args.command]:
             if getattr(args, name) != saved[name]:
-                raise BadInput(f"--{name.replace('_', '-')} was {saved[name]} and cannot change: leave it out")
+                raise BadInput(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
         if args.resume and args.steps < checkpoint["step"]:
             raise BadInput(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
         args.out = str(checkpoint["folder"]) if args.resume else args.out
@@ -951,13 +950,13 @@ def parse(argv):
     args.cache = str(folder.resolve().parent / "cache")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     if args.data != "maze" and Path(args.data) in Path(args.out or folder, "samples").resolve().parents:
-        raise BadInput(f"--out {args.out or folder} lies in --data, and samples would become data: choose another")
+        raise BadInput(f"--out {args.out or folder} lies in --data: what it writes would become data")
     if args.sample_steps > args.diffusion_steps:
-        raise BadInput(f"--sample-steps {args.sample_steps} is more than --diffusion-steps {args.diffusion_steps}")
+        raise BadInput(f"--sample-steps {args.sample_steps} exceed --diffusion-steps {args.diffusion_steps}")
     if args.sampler == "dpm" and args.eta:
         raise BadInput(f"--sampler dpm adds no noise: leave out --eta {args.eta}, or take --sampler ddim")
     if args.guidance != 1 and not (args.class_cond and args.cond_drop):
-        raise BadInput(f"--guidance {args.guidance} needs a run with --class-cond and with --cond-drop above 0")
+        raise BadInput(f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")
     return args, checkpoint
 
 
