@@ -1,7 +1,8 @@
-"""Folders become the videos they hold: every split, class and pixel, once decoded, whatever interrupts."""
+"""Folders become the videos they hold: every format, split, class and pixel, decoded once, whatever interrupts."""
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import torch
 import train
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--size 8 --frames 3 --dim 8 --dim-mults 1,2 --heads 1 --batch 2 --sample-steps 2 --sample-videos 2 --device cpu".split()
+TINY = ("--size 8 --frames 3 --backbone dim --patch 4 --width 16 --depth 1 --batch 2 --sample-steps 2 --videos 2 "
+        "--device cpu").split()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +26,10 @@ def quiet_signals_and_place(tmp_path, monkeypatch):
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
 
 
-def refuses(*argv):
-    with pytest.raises(train.BadInput) as error:
-        train.main([str(a) for a in argv])
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
+def videos_of(path, frames=4, size=8, held_out=False, *options):
+    """The data set that a command line describes."""
+    argv = ["--data", path, "--frames", frames, "--size", size, "--out", "runs/x", *options]
+    return train.videos_of(train.parse([str(a) for a in argv])[0], held_out)
 
 
 def write_videos(folder, count=3, frames=6, size=(12, 10)):
@@ -39,215 +40,56 @@ def write_videos(folder, count=3, frames=6, size=(12, 10)):
     return folder
 
 
-def videos_of(path, frames=4, size=8, cache="cache", seed=0, **how):
-    return train.FolderVideos(path, frames, size, pathlib.Path(cache), seed, **how)
-
-
 def grey(*levels, frames=4):
     """A video of one level per frame, so that a window tells where it comes from."""
     levels = levels * frames if len(levels) == 1 else levels
     return np.broadcast_to(np.uint8(levels)[:, None, None, None], (len(levels), 8, 8, 3)).copy()
 
 
+def window(data, i):
+    """Grey levels of the frames of item i."""
+    return ((data[i][0][0, :, 0, 0] + 1) * 127.5).round().int()
+
+
 def levels(data):
     """Grey levels of the first frames of an epoch, sorted, each with its label's name."""
-    items = [data[i] for i in range(len(data.videos))]
-    return sorted((int(((video[0, 0, 0, 0] + 1) * 127.5).round()), data.classes[label]) for video, label in items)
+    return sorted((int(window(data, i)[0]), data.classes[data[i][1]]) for i in range(len(data)))
 
 
-# ---- Windows, cache
+def cache():
+    """What is in the cache.    -> {name: time of its last change}"""
+    return {path.name: path.stat().st_mtime_ns for path in pathlib.Path("runs/cache").glob("*.npy")}
 
 
-def test_windows_are_consecutive_frames_of_one_video_and_an_epoch_shows_each_once(tmp_path):
+# ---- Windows
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(tmp_path, stride):
     (tmp_path / "v").mkdir()
     for i in range(4):
-        np.save(tmp_path / "v" / f"{i}.npy", grey(*(50 * i + np.arange(9))))
-    data = videos_of(tmp_path / "v", frames=5)
-    seen = []
-    for i in range(4):
-        window = ((data[i][0][0, :, 0, 0] + 1) * 127.5).round().int()
-        assert (window.diff() == 1).all() and window[0] // 50 == window[-1] // 50
-        seen.append(window[0].item() // 50)
-    assert sorted(seen) == [0, 1, 2, 3]
-    starts = {int(((data[i][0][0, 0, 0, 0] + 1) * 127.5).round()) % 50 for i in range(100)}
-    assert starts == {0, 1, 2, 3, 4}
+        np.save(tmp_path / "v" / f"{i}.npy", grey(*(50 * i + np.arange(4 * stride + 5))))
+    data = videos_of(tmp_path / "v", 5, 8, False, "--stride", stride)
+    seen = [window(data, i) for i in range(100)]
+    assert all((w.diff() == stride).all() and w[0] // 50 == w[-1] // 50 for w in seen)
+    assert sorted(w[0].item() // 50 for w in seen[:4]) == [0, 1, 2, 3]
+    assert {w[0].item() % 50 for w in seen} == {0, 1, 2, 3, 4}
 
 
-def test_only_files_that_changed_are_decoded_again(tmp_path, monkeypatch):
-    folder = write_videos(tmp_path / "v")
-    first = videos_of(folder)
-    decoded, real = [], train.read_frames
-    monkeypatch.setattr(train, "read_frames", lambda video: decoded.append(pathlib.Path(video.name).name) or real(video))
-    again = videos_of(folder)
-    assert torch.equal(again[0][0], first[0][0]) and again.fingerprint == first.fingerprint and not decoded
-    np.save(folder / "1.npy", np.zeros((9, 8, 8, 3), np.uint8))
-    changed = videos_of(folder)
-    assert changed.videos[:, 2].tolist() == [6, 9, 6] and decoded == ["1.npy"]
-    assert changed.fingerprint != first.fingerprint
+def test_a_stride_is_kept_in_the_maze_too():
+    whole, some = videos_of("maze", 7), videos_of("maze", 3, 8, False, "--stride", 3)
+    assert torch.equal(whole[5][0][:, ::3], some[5][0]) and some[5][1] == whole[5][1]
 
 
-def test_a_run_goes_on_with_a_copy_of_its_data_but_not_with_other_values(tmp_path):
-    write_videos(tmp_path / "v")
-    train.main([*TINY, "--data", str(tmp_path / "v"), "--steps", "1", "--out", "run"])
-    shutil.copytree(tmp_path / "v", tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
-    train.main(["--resume", "run", "--data", str(tmp_path / "copy"), "--steps", "2"])
-    video = np.load(tmp_path / "copy" / "1.npy")
-    np.save(tmp_path / "copy" / "1.npy", 255 - video)  # as many bytes
-    assert "no longer holds the videos" in refuses("--resume", "run", "--steps", 3)
-
-
-@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 1000), pathlib.Path.unlink], ids=["cut", "removed"])
-def test_a_cache_that_is_harmed_while_it_is_read_is_named(tmp_path, harm):
-    data = videos_of(write_videos(tmp_path / "v"))
-    for i in range(3):
-        harm(data.cache.file(i))
-    with pytest.raises(train.BadInput, match=r"\.u8 was changed or removed"):
-        data[0]
-
-
-@pytest.mark.parametrize("damage", ["cut", "deleted", "garbled", "of another kind", "half missing"])
-def test_damaged_entries_of_the_cache_and_no_others_are_built_again(tmp_path, damage):
-    folder = write_videos(tmp_path / "v")
-    first = videos_of(folder)
-    frames = first.cache.file(1)
-    described = frames.with_suffix(".json")
-    if damage == "garbled":
-        described.write_text('{"videos"')
-    elif damage == "of another kind":
-        described.write_text("[1, 2]")
-    elif damage == "cut":
-        frames.write_bytes(b"123")
-    else:
-        (frames if damage == "deleted" else described).unlink()
-    before = {path: path.stat().st_mtime_ns for path in first.cache.folder.iterdir()}
-    again = videos_of(folder)
-    assert all(torch.equal(again[i][0], first[i][0]) for i in range(3))
-    touched = {path.stem for path in first.cache.folder.iterdir() if before.get(path) != path.stat().st_mtime_ns}
-    assert touched == {frames.stem}
-
-
-def test_several_processes_decode_the_same_bytes_as_one(tmp_path):
-    folder = write_videos(tmp_path / "v", count=7)
-    (folder / "broken.mp4").write_bytes(b"not a video")
-    read = lambda data: [(file.name, file.read_bytes()) for file in map(data.cache.file, range(8)) if file.exists()]
-    serial, parallel = (videos_of(folder, cache=str(n), workers=n) for n in (0, 2))
-    assert read(serial) == read(parallel) and len(read(serial)) == 7
-    assert serial.skipped == parallel.skipped and "broken.mp4" in serial.skipped[0][0]
-    assert (serial.videos == parallel.videos).all()
-
-
-SLOW = """
-import pathlib, sys, time
-sys.path.insert(0, {root!r})
-import train
-real = train.read_frames
-def slow(video):
-    time.sleep(0.1)
-    print("decoding", video.name, flush=True)
-    yield from real(video)
-train.read_frames = slow
-data = train.FolderVideos({folder!r}, 4, 8, pathlib.Path("cache"), 0, workers={workers})
-print("sum", sum(data[i][0].double().sum().item() for i in range(len(data.videos))))
-"""
-
-
-def building(folder, workers=0):
-    code = SLOW.format(root=str(ROOT), folder=str(folder), workers=workers)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_build_that_is_killed_goes_on_with_what_is_missing(tmp_path, workers):
-    folder = write_videos(tmp_path / "v", count=12)
-    first = building(folder, workers)
-    cache = tmp_path / "cache" / "v-8px"
-    while not cache.exists() or len(list(cache.glob("*.json"))) < 3:
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.kill()  # -9
-    first.communicate()  # ends when its processes have closed their output, too
-    done = {path: path.stat().st_mtime_ns for path in cache.glob("*.json")}
-    assert 3 <= len(done) < 12
-    data = videos_of(folder)
-    assert len(data.videos) == 12 and len(list(cache.glob("*.json"))) == 12
-    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    whole = videos_of(folder, cache="elsewhere")
-    assert all(torch.equal(data[i][0], whole[i][0]) for i in range(12))
-
-
-def test_two_runs_that_build_one_cache_share_the_work_and_agree(tmp_path):
-    folder = write_videos(tmp_path / "v", count=12)
-    both = [building(folder), building(folder)]
-    answers = [process.communicate()[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert answers[0][-1] == answers[1][-1]
-    assert 12 <= sum(line.startswith("decoding") for lines in answers for line in lines) < 24
-    alone = videos_of(folder, cache="elsewhere")
-    assert float(answers[0][-1].split()[1]) == sum(alone[i][0].double().sum().item() for i in range(12))
-    assert not list((tmp_path / "cache" / "v-8px").glob("*.part"))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_disk_that_takes_no_more_is_one_sentence_that_names_the_file(tmp_path, workers):
-    resource = pytest.importorskip("resource")
-    folder = write_videos(tmp_path / "v")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes; a video has 1152
-    command = [sys.executable, ROOT / "train.py", *TINY, "--data", folder, "--steps", "1", "--workers", str(workers)]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert ".u8 cannot be written" in done.stderr.splitlines()[-1] and "too large" in done.stderr
-    assert not list((tmp_path / "runs" / "cache" / "v-8px").iterdir())
-
-
-def test_every_process_that_builds_a_cache_has_an_order_of_its_own_so_that_they_seldom_meet(tmp_path, monkeypatch):
-    folder, orders, real = write_videos(tmp_path / "v", count=12), ([], []), train.read_frames
-    for order, cache in zip(orders, "ab"):
-        monkeypatch.setattr(train, "read_frames", lambda video: order.append(video.name) or real(video))
-        videos_of(folder, cache=cache)
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-
-
-def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path):
-    folder = write_videos(tmp_path / "v")
-    cache = videos_of(folder).cache.folder
-    for name in ("old.part", "new.part"):
-        (cache / name).write_text("half")
-    os.utime(cache / "old.part", (0, 0))
-    (cache / "gone.part").symlink_to("nowhere")  # as if another process had just renamed it
-    videos_of(folder)
-    assert not (cache / "old.part").exists() and (cache / "new.part").exists()
-
-
-def test_data_whose_names_differ_behind_a_dot_and_sizes_and_transforms_have_caches_of_their_own(tmp_path):
-    for name, level in (("a.b.c.npy", 0), ("a.b.d.npy", 255)):
-        np.save(tmp_path / name, grey(level, frames=9))
-    assert levels(videos_of("a.b.c.npy"))[0][0] == 0 and levels(videos_of("a.b.d.npy"))[0][0] == 255
-    assert videos_of("a.b.c.npy", size=16)[0][0].shape == (3, 4, 16, 16)
-    rng = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    np.save("r.npy", rng)
-    with_, without = videos_of("r.npy"), videos_of("r.npy", antialias=False)
-    assert not torch.equal(with_[0][0], without[0][0]) and with_.fingerprint != without.fingerprint
-    assert torch.equal(videos_of("r.npy")[0][0], with_[0][0])
-
-
-def test_unreadable_files_are_skipped_named_explained_and_tried_again(tmp_path, capsys):
-    folder = write_videos(tmp_path / "v", count=2)
-    (folder / "broken.mp4").write_bytes(b"not a video")
-    (folder / "empty.npy").touch()
-    np.save(folder / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
-    for out in ("run", "again"):
-        train.main([*TINY, "--data", str(folder), "--steps", "1", "--out", out])
-        end = capsys.readouterr().out
-        assert "2 videos" in end and "1 shorter than 3 frames" in end
-        assert "skipped 2 unreadable" in end and "broken.mp4" in end and "empty.npy" in end
+# ---- Formats
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "npz", "pt", "images", "grey", "many", "one file"])
-def test_every_kind_of_video_trains(tmp_path, kind):
+def test_every_kind_of_video_is_read(tmp_path, kind):
     folder, rng = tmp_path / "v", np.random.default_rng(0)
     folder.mkdir()
     video = rng.integers(0, 256, (6, 16, 20, 3), dtype=np.uint8)
-    path = folder
+    path = folder / "a.npy" if kind == "one file" else folder
     if kind == "mp4":
         iio.imwrite(folder / "a.mp4", video.repeat(2, 1).repeat(2, 2), fps=10, plugin="pyav", codec="libx264")
     elif kind == "gif":
@@ -260,49 +102,131 @@ def test_every_kind_of_video_trains(tmp_path, kind):
         (folder / "clip").mkdir()
         for i, frame in enumerate(video):
             iio.imwrite(folder / "clip" / f"{i:03d}.png", frame)
-    elif kind == "grey":
-        np.save(folder / "a.npy", video[..., 0])
-    elif kind == "many":
-        np.save(folder / "a.npy", np.stack([video, 255 - video]))
     else:
-        path = folder / "a.npy"
-        np.save(path, video)
-    data = videos_of(path, frames=6)
-    assert len(data.videos) == (2 if kind == "many" else 1)
-    assert data[0][0].shape == (3, 6, 8, 8) and data[0][0].min() >= -1 and data[0][0].max() <= 1
-    if kind == "many":
-        assert torch.equal(torch.sort(torch.stack([data[i][0] for i in range(2)]), dim=0)[0][0],
-                           torch.minimum(*map(train.to_model_range, (train.resize(video, 8), train.resize(255 - video, 8)))))
-    if kind in ("npz", "pt", "one file"):
-        assert torch.equal(data[0][0], train.to_model_range(train.resize(video, 8)))
+        np.save(folder / "a.npy", {"grey": video[..., 0], "many": np.stack([video, 255 - video])}.get(kind, video))
+    data = videos_of(path, 6)
+    assert len(data) == (2 if kind == "many" else 1) and data[0][0].shape == (3, 6, 8, 8)
+    if kind in ("npz", "pt", "one file", "images", "many"):
+        exact = [np.stack([train.resize(frame, 8) for frame in v]) for v in (video, 255 - video)]
+        found = [data[i][0] for i in range(len(data))]
+        assert all(any(torch.equal(x, train.to_model_range(y)) for y in exact) for x in found)
 
 
-# ---- Pixels
+def test_floats_are_read_by_one_rule_that_the_user_gives(tmp_path):
+    (tmp_path / "v").mkdir()
+    for name, low in (("a", -1), ("b", 0)):  # b alone could be taken for pixels in [0, 1]
+        np.save(tmp_path / "v" / f"{name}.npy", np.linspace(low, 1, 4 * 64 * 3, dtype=np.float32).reshape(4, 8, 8, 3))
+    with pytest.raises(train.BadInput, match="--floats"):
+        videos_of(tmp_path / "v")
+    data = videos_of(tmp_path / "v", 4, 8, False, "--floats", "symmetric")
+    assert np.allclose(sorted(data[i][0].mean().item() for i in range(2)), [0, 0.5], atol=0.01)
+    data = videos_of(tmp_path / "v" / "b.npy", 4, 8, False, "--floats", "unit")
+    assert abs(data[0][0].mean()) < 0.01
+
+
+def test_a_large_film_takes_less_than_300_mib_more_than_a_small_one(tmp_path):
+    pytest.importorskip("resource")
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, train
+args = train.parse(["--data", sys.argv[1], "--size", "16", "--out", "runs/x"])[0]
+assert len(train.videos_of(args)) == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+"""
+    peaks = []
+    for name, (h, w) in (("small", (36, 64)), ("large", (1080, 1920))):
+        film = np.broadcast_to(np.uint8(100), (40, h, w, 3))
+        iio.imwrite(f"{name}.mp4", film, fps=25, plugin="pyav", codec="mpeg4")
+        peaks.append(float(subprocess.check_output([sys.executable, "-c", code, f"{name}.mp4"]).split()[-1]))
+    assert peaks[1] < peaks[0] + 300
 
 
 def test_resize_takes_the_centre_of_the_short_side():
-    video = np.zeros((2, 8, 16, 3), np.uint8)
-    video[:, :, 4:12] = 200
-    assert (train.resize(video, 8) == 200).all() and train.resize(video, 4).shape == (2, 4, 4, 3)
-    assert (train.resize(video.transpose(0, 2, 1, 3).copy(), 8) == 200).all()
-    assert (train.resize(np.full((1, 3, 5, 3), 77, np.uint8), 16) == 77).all()
+    frame = np.zeros((8, 16, 3), np.uint8)
+    frame[:, 4:12] = 200
+    assert (train.resize(frame, 8) == 200).all() and train.resize(frame, 4).shape == (4, 4, 3)
+    assert (train.resize(frame.transpose(1, 0, 2).copy(), 8) == 200).all()
+    assert (train.resize(np.full((3, 5, 3), 77, np.uint8), 16) == 77).all()
 
 
 def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter_sees_only_the_middle():
-    video = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for factor in (2, 4):
-        blocks = video.reshape(3, 16 // factor, factor, 16 // factor, factor, 3).astype(float)
+        blocks = frame.reshape(16 // factor, factor, 16 // factor, factor, 3).astype(float)
         middle = slice(factor // 2 - 1, factor // 2 + 1)
-        mean = blocks[:, :, middle, :, middle].mean((2, 4))
-        assert np.abs(train.resize(video, 16 // factor, antialias=False) - mean).max() <= 0.5
-    assert np.abs(train.resize(video, 4).astype(float) - mean).max() > 5
+        mean = blocks[:, middle, :, middle].mean((1, 3))
+        assert np.abs(train.resize(frame, 16 // factor, antialias=False) - mean).max() <= 0.5
+    assert np.abs(train.resize(frame, 4).astype(float) - mean).max() > 5
 
 
 def test_the_cut_in_the_middle_is_rounded_as_the_papers_library_does():
-    video = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None], (1, 10, 30, 3))
+    frame = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None], (10, 30, 3))
     for width, left in ((20, 5), (13, 2), (17, 4), (15, 2)):  # 5, 1.5, 3.5 and 2.5: halves go to even numbers
-        wide = np.ascontiguousarray(video[:, :, :width])
-        assert train.resize(wide, 10)[0, 0, 0, 0] == left
+        assert train.resize(np.ascontiguousarray(frame[:, :width]), 10)[0, 0, 0] == left
+
+
+# ---- The cache
+
+
+def test_only_files_that_changed_are_decoded_again_and_each_way_of_decoding_has_its_own(tmp_path):
+    folder = write_videos(tmp_path / "v")
+    first = [videos_of(folder)[i][0] for i in range(3)]
+    before = cache()
+    assert all(torch.equal(videos_of(folder)[i][0], first[i]) for i in range(3)) and cache() == before
+    np.save(folder / "1.npy", np.zeros((9, 8, 8, 3), np.uint8))
+    assert any((videos_of(folder)[i][0] == -1).all() for i in range(3)) and len(cache()) == len(before) + 1
+    assert not any(torch.equal(videos_of(folder, 4, 8, False, "--no-antialias")[0][0], x) for x in first)
+    assert videos_of(folder, size=16)[0][0].shape == (3, 4, 16, 16)
+
+
+def test_several_processes_decode_as_one_does_and_name_the_same_damage(tmp_path):
+    folder = write_videos(tmp_path / "v", count=7)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "empty.npy").touch()
+    serial = videos_of(folder, 4, 8, False, "--workers", 1)
+    stored = {path.name: path.read_bytes() for path in pathlib.Path("runs/cache").iterdir()}
+    shutil.rmtree("runs/cache")
+    parallel = videos_of(folder, 4, 8, False, "--workers", 2)
+    assert stored == {path.name: path.read_bytes() for path in pathlib.Path("runs/cache").iterdir()}
+    assert len(stored) == 7 and serial.identity == parallel.identity
+    assert [*map(str, serial.skipped.values())] == [*map(str, parallel.skipped.values())] and len(serial.skipped) == 2
+
+
+def test_decoding_that_is_killed_goes_on_with_what_is_missing_and_leaves_no_process(tmp_path):
+    folder = write_videos(tmp_path / "v", count=40, frames=400, size=(64, 64))
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data", folder, "--workers", "2", "--out", "runs/x"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(cache()) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()  # ends when its processes have closed their output, too
+    done = cache()
+    assert 3 <= len(done) < 40
+    data = videos_of(folder, 3)
+    assert len(data) == 40 and done.items() <= cache().items()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path, workers):
+    resource = pytest.importorskip("resource")
+    folder = write_videos(tmp_path / "v", frames=40)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # bytes; a video has 7680
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data", folder, "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "too large" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "runs/cache").glob("*.npy"))
+
+
+def test_unreadable_files_are_skipped_and_named_every_time(tmp_path, capsys):
+    folder = write_videos(tmp_path / "v", count=2)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    np.save(folder / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    for out in ("run", "again"):
+        train.main([*TINY, "--data", str(folder), "--steps", "1", "--out", out])
+        told = capsys.readouterr().out
+        assert "2 videos" in told and "1 shorter than 3" in told and re.search("skipped .*broken.mp4: ", told)
 
 
 # ---- The papers' data sets: tiny ones of their layouts
@@ -352,187 +276,100 @@ def only(data):
     return [level for level, _ in levels(data)]
 
 
+def split(path, name):
+    return videos_of(path, 4, 8, False, "--split", name)
+
+
 def test_folders_train_and_test_are_splits(tmp_path):
     root = navigate(tmp_path / "minerl_navigate-torch")
-    assert only(videos_of(root)) == only(videos_of(root, split="train")) == [10, 11, 12]
-    assert only(videos_of(root, split="test")) == [20, 21]
-    assert only(videos_of(root, split="all")) == [10, 11, 12, 20, 21]
+    assert only(videos_of(root)) == only(split(root, "train")) == [10, 11, 12]
+    assert only(split(root, "test")) == only(videos_of(root, held_out=True)) == [20, 21]
+    assert only(split(root, "all")) == only(videos_of(root, 4, 8, True, "--split", "all")) == [10, 11, 12, 20, 21]
     assert only(videos_of(root / "train")) == [10, 11, 12]
-    (root / "notes").mkdir()
-    np.save(root / "notes" / "0.npy", grey(99))
-    assert only(videos_of(root)) == [10, 11, 12] and 99 in only(videos_of(root, split="all"))
 
 
 @pytest.mark.parametrize("csv_above", [False, True])
 def test_carla_is_divided_by_the_last_parts_of_the_paths_in_its_lists(tmp_path, csv_above):
     root = carla(tmp_path / "carla", csv_above)
     for path in (root, root / "no-traffic"):
-        assert only(videos_of(path)) == [10, 11, 12]
-        assert only(videos_of(path, split="test")) == [13, 14]
-        assert only(videos_of(path, split="all")) == [10, 11, 12, 13, 14]
+        assert only(videos_of(path)) == [10, 11, 12] and only(split(path, "test")) == [13, 14]
+        assert only(split(path, "all")) == [10, 11, 12, 13, 14]
     for part in ("train", "test"):
         file = next(root.rglob(f"video_{part}.csv"))
-        file.write_bytes(file.read_bytes().replace(b"/ubc/data/carla/no-traffic/", b"C:\\carla\\").replace(b"\n", b"\r\n"))
+        text = file.read_bytes().replace(b"/ubc/data/carla/no-traffic/", b"C:\\carla\\")
+        file.write_bytes(text.replace(b"\n", b"\r\n"))
     assert only(videos_of(root)) == [10, 11, 12]
+    (root / "no-traffic" / "video_1.pt").unlink()
+    data = videos_of(root)
+    assert only(data) == [10, 12] and re.search(r"video_1\.pt: ", str(*data.skipped.values()))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_ucf101_is_divided_by_its_first_lists_and_its_folders_are_classes(tmp_path, newline):
     root = ucf(tmp_path / "ucf101", newline)
     near = lambda data: [(round(level, -1), name) for level, name in levels(data)]  # avi is lossy
+    hand, yoyo = "HandstandPushups", "YoYo"
     for path in (root, root / "UCF-101"):
-        assert videos_of(path).classes == ("HandstandPushups", "YoYo")
-        assert near(videos_of(path)) == [(80, "HandstandPushups"), (90, "HandstandPushups"), (180, "YoYo"), (190, "YoYo")]
-        assert near(videos_of(path, split="test")) == [(10, "HandstandPushups"), (110, "YoYo")]
-        assert len(videos_of(path, split="all").videos) == 6
-
-
-def test_lists_may_spell_names_in_other_letters_than_the_disk(tmp_path):
-    root = ucf(tmp_path / "ucf101")
-    file = root / "ucfTrainTestlist" / "trainlist01.txt"
+        assert near(videos_of(path)) == [(80, hand), (90, hand), (180, yoyo), (190, yoyo)]
+        assert near(split(path, "test")) == [(10, hand), (110, yoyo)] and len(split(path, "all")) == 6
+    file = root / "ucfTrainTestlist" / "trainlist01.txt"  # in other letters than the disk
     file.write_text(file.read_text().replace("HandstandPushups/v_HandStandPushups", "HandStandPushups/v_HandstandPushups"))
-    data = videos_of(root)
-    assert len(data.videos) == 4 and not data.skipped
+    assert len(videos_of(root)) == 4 and not videos_of(root).skipped
 
 
-def test_listed_videos_that_are_missing_are_skipped_and_named(tmp_path, capsys):
-    root = carla(tmp_path / "carla")
-    (root / "no-traffic" / "video_1.pt").unlink()
-    train.main([*TINY, "--data", str(root), "--steps", "1", "--out", "run"])
-    end = capsys.readouterr().out
-    assert "2 videos" in end and "skipped 1" in end and "video_1.pt: there is no such file" in end
-
-
-def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
+def test_lists_of_other_data_beside_it_do_not_count(tmp_path):
     folder = write_videos(tmp_path / "v")
-    for split in ("train", "test"):
-        assert f"--split {split}" in refuses(*TINY, "--data", folder, "--split", split)
-    assert len(videos_of(folder, split="all").videos) == 3
-    (tmp_path / "video_train.csv").write_text(",path\n0,other.pt\n")  # another data set's, beside it
+    (tmp_path / "video_train.csv").write_text(",path\n0,other.pt\n")
     (tmp_path / "video_test.csv").write_text(",path\n0,another.pt\n")
-    assert len(videos_of(folder).videos) == 3
-    assert "the maze" in refuses(*TINY, "--split", "all") and "the maze" in refuses(*TINY, "--no-antialias")
+    assert len(videos_of(folder)) == 3
 
 
-def test_samples_are_compared_with_the_test_split_only_if_it_is_not_trained_on(tmp_path):
-    root = navigate(tmp_path / "minerl_navigate-torch")
-    arguments = [*TINY, "--frames", "4", "--data", str(root), "--eval-every", "1", "--eval-videos", "2"]
-
-    def both(*more):
-        args = train.complete(train.training_parser().parse_args([*arguments, *more]))
-        return only(train.make_data(args)), only(train.make_data(args, test=True))
-
-    assert both() == ([10, 11, 12], [20, 21])
-    args = train.complete(train.training_parser().parse_args([*arguments[:-1], "3"]))
-    with pytest.raises(train.BadInput, match="3 are more than the 2 held-out videos"):
-        train.Score(args, train.Ranks("cpu"))
-    kept, held = both("--split", "all")
-    assert len(held) == 2 and sorted(kept + held) == [10, 11, 12, 20, 21]
-
-
-# ---- Labels
-
-
-def test_the_class_of_a_walk_is_its_wall_style():
-    data = train.MazeVideos("train", 2, 8)
-    assert data.classes == ("bricks", "boards", "checks")
-    assert {data[i][1] for i in range(9)} == {0, 1, 2}
-    assert all(data[i][1] == train.maze_style(train.maze_seed("train", i)) for i in range(5))
-
-
-def test_the_class_of_a_video_is_the_folder_that_holds_it_and_batches_have_whole_numbers(tmp_path):
-    for i, name in enumerate(("dogs", "cats", "birds")):
+def test_the_class_of_a_video_is_the_folder_that_holds_it(tmp_path):
+    for i, name in enumerate(("dogs", "cats")):
         (tmp_path / "v" / name).mkdir(parents=True)
         np.save(tmp_path / "v" / name / "0.npy", grey(i))
-        (tmp_path / "v" / name / "clip").mkdir()
-        for k in range(4):
-            iio.imwrite(tmp_path / "v" / name / "clip" / f"{k}.png", grey(10 + i)[0])
-        if name != "cats":
-            (tmp_path / "v" / name / "0.npy").rename(tmp_path / "v" / name / "clip.npy")
-            for file in (tmp_path / "v" / name / "clip").iterdir():
-                file.unlink()
-    data = videos_of(tmp_path / "v")
-    assert data.classes == ("birds", "cats", "dogs")
-    assert levels(data) == [(0, "dogs"), (1, "cats"), (2, "birds"), (11, "cats")]
-    videos, labels = next(iter(torch.utils.data.DataLoader(data, 4, sampler=range(4))))
-    assert videos.shape == (4, 3, 4, 8, 8) and labels.dtype == torch.int64
+    (tmp_path / "v" / "birds" / "clip").mkdir(parents=True)
+    for k in range(4):
+        iio.imwrite(tmp_path / "v" / "birds" / "clip" / f"{k}.png", grey(10)[0])
+    assert levels(videos_of(tmp_path / "v")) == [(0, "dogs"), (1, "cats"), (10, "birds")]
 
 
 # ---- Latents
 
 
-def write_latents(folder, count=3, shape=(5, 8, 8, 4), dtype=np.float32):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        np.save(folder / f"{i}.npy", (7 * rng.standard_normal(shape)).astype(dtype))
-    return folder
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "<f8", ">f4"])
+def test_latents_keep_their_values(tmp_path, dtype):
+    (tmp_path / "z").mkdir()
+    stored = (7 * np.random.default_rng(0).standard_normal((3, 5, 8, 8, 4))).astype(dtype)
+    for i in range(3):
+        np.save(tmp_path / "z" / f"{i}.npy", stored[i])
+    data = videos_of(tmp_path / "z", 5, 8, False, "--latents")
+    items = np.stack([data[i][0].permute(1, 2, 3, 0).numpy() for i in range(3)])
+    assert items.dtype == np.float32 and (np.sort(items.ravel()) == np.sort(stored.astype(np.float32).ravel())).all()
 
 
-NO_SIZE = TINY[2:]
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
-def test_latents_keep_their_values_and_are_not_copied(tmp_path, dtype):
-    folder = write_latents(tmp_path / "z", dtype=dtype)
-    data = videos_of(folder, frames=5, channels=4)
-    stored = np.stack([np.load(folder / f"{i}.npy") for i in range(3)])
-    items = [data[i][0] for i in range(3)]
-    assert all(item.dtype == torch.float32 and item.shape == (4, 5, 8, 8) for item in items)
-    back = np.stack([item.permute(1, 2, 3, 0).numpy() for item in items])
-    assert (np.sort(back.ravel()) == np.sort(stored.astype(np.float32).ravel())).all()
-    assert {path.suffix for path in data.cache.folder.iterdir()} == {".json"}
-
-
-def test_latents_train_resume_and_sample_without_data_or_pictures(tmp_path, monkeypatch):
-    folder = write_latents(tmp_path / "z")
-    train.main([*NO_SIZE, "--data", str(folder), "--latents", "--steps", "2", "--out", "run"])
-    train.main(["--resume", "run", "--steps", "3"])
-    assert [path.suffix for path in pathlib.Path("run/samples").iterdir()] == [".npz", ".npz"]
-    folder.rename(tmp_path / "gone")
-    clips, real = [], train.GaussianDiffusion
-    monkeypatch.setattr(train, "GaussianDiffusion", lambda *a, **more: clips.append(more["clip"]) or real(*a, **more))
-    train.main(["sample", "run", "--videos", "2", "--frames", "4", "--sample-steps", "2", "--device", "cpu"])
-    with np.load("run/sampled/videos.npz", allow_pickle=False) as arrays:
-        videos = arrays["videos"]
-    assert videos.shape == (2, 4, 8, 8, 4) and videos.dtype == np.float32
-    assert os.listdir("run/sampled") == ["videos.npz"] and clips == [False]
-
-
-def test_samples_of_latents_are_not_clipped_and_those_of_pixels_are():
-    wide = lambda x, t: torch.full_like(x, 5.0)
-    for clip, value in ((True, 1.0), (False, 5.0)):
-        diffusion = train.GaussianDiffusion(wide, steps=8, target="x0", clip=clip)
-        assert (diffusion.sample(torch.randn(1, 4, 2, 4, 4), steps=4) == value).all()
+def test_latents_train_resume_and_sample_unclipped_and_without_pictures(tmp_path):
+    (tmp_path / "z").mkdir()
+    np.save(tmp_path / "z" / "0.npy", np.full((5, 8, 8, 5), 7, np.float32))
+    train.main([*TINY, "--data", "z", "--latents", "--steps", "60", "--lr", "1e-2", "--target", "x0", "--out", "run"])
+    train.main(["--resume", "run", "--steps", "61", "--device", "cpu"])
+    assert sorted(os.listdir("run/samples")) == ["step-000060.npz", "step-000061.npz"]
+    shutil.rmtree("z")
+    train.main(["sample", "run", "--frames", "4", "--device", "cpu"])
+    drawn = np.load("run/sampled/fake.npz")["videos"]
+    assert drawn.shape == (2, 4, 8, 8, 5) and drawn.dtype == np.float32 and drawn.max() > 1
+    assert os.listdir("run/sampled") == ["fake.npz"]
 
 
 def test_arrays_that_are_no_latents_are_named_with_the_reason(tmp_path):
-    folder = write_latents(tmp_path / "z")
-    bad = np.zeros((5, 8, 8, 4), np.float32)
-    bad[3, 1, 1, 1] = np.nan
-    np.save(folder / "8nan.npy", bad)
-    np.save(folder / "9big.npy", np.full((5, 8, 8, 4), 1e39))
-    np.save(folder / "9ints.npy", np.zeros((5, 8, 8, 4), np.int64))
-    np.save(folder / "9other.npy", np.zeros((5, 8, 8, 5), np.float32))
-    (folder / "9text.npy").write_text("text")
-    data = videos_of(folder, channels=4)
-    assert len(data.videos) == 3
-    (folder / "0.npy").write_bytes(b"damaged")  # the first is skipped as any other
-    assert train.latent_shape(folder) == (8, 4)
-    reasons = {pathlib.Path(name).name: reason for name, reason in data.skipped}
-    assert "NaN" in reasons["8nan.npy"] and "NaN" in reasons["9big.npy"] and "int64" in reasons["9ints.npy"]
-    assert "(5, 8, 8, 5)" in reasons["9other.npy"] and len(reasons) == 5
-
-
-def test_latents_of_another_shape_or_with_flags_for_pixels_are_refused(tmp_path):
-    latents = [*NO_SIZE, "--latents", "--data"]
-    assert "float (frames, size, size, channels)" in refuses(*latents, write_latents(tmp_path / "a", shape=(5, 8, 4, 4)))
-    assert "float (frames, size, size, channels)" in refuses(*latents, write_videos(tmp_path / "b", size=(8, 8)))
-    folder = write_latents(tmp_path / "c")
-    assert "leave out --size" in refuses(*latents, folder, "--size", 8)
-    assert "leave out --size" in refuses(*latents, folder, "--no-antialias")
-    assert "leave out --size" in refuses(*latents, folder, "--eval-every", 1)
-    assert "and --fps" in refuses(*latents, folder, "--fps", 4)
-    assert "the maze" in refuses(*latents, "maze")
-    assert "no such file" in refuses(*latents, tmp_path / "nowhere")
-    assert "multiple of 4" in refuses(*latents, write_latents(tmp_path / "d", shape=(5, 6, 6, 4)), "--dim-mults", "1,2,4")
+    (tmp_path / "z").mkdir()
+    good = np.zeros((5, 8, 8, 4), np.float32)
+    bad = {"nan": np.where(np.arange(4) == 1, np.nan, good), "big": np.full_like(good, 1e39, np.float64),
+           "ints": good.astype(int), "other": good[:, :4], "good": good}  # fmt: skip
+    for name, array in bad.items():
+        np.save(tmp_path / "z" / f"{name}.npy", array)
+    (tmp_path / "z" / "text.npy").write_text("text")
+    data = videos_of(tmp_path / "z", 5, 8, False, "--latents")
+    reasons = {source.stem: str(why) for source, why in data.skipped.items()}
+    assert len(data) == 1 and "NaN" in reasons["nan"] and "infinite" in reasons["big"] and "int64" in reasons["ints"]
+    assert "--size 8" in reasons["other"] and "text.npy" in reasons["text"]
