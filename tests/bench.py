@@ -9,17 +9,17 @@
     python tests/bench.py data                     batches of the maze, and of a folder's cache
 
 Time: forward + backward, in `unet` with Adam's step. After one call ahead ("first call": torch.compile
-compiles) the rows of a table take turns in one process, in alternating order: a busy moment hits them all. A row
-that has used 20 seconds takes two turns. Shown are median (min-max), and as "ratio" the median of the ratios to
-the first row's time, turn by turn: below 1 is faster. A busy machine moves it by 20 to 30 % from run to run.
+compiles) the rows of a table take turns in one process, in alternating order: a busy moment hits them all. A
+row that has used 20 seconds takes two turns. Shown are median (min-max) and, as "ratio", the median of the
+ratios to the first row's time, turn by turn. A busy machine moves it by 20 to 30 % from run to run.
 
-Memory: "peak" is the most bytes alive in a call above inputs and weights; outputs and gradients count. In `unet`
-the weights and Adam's two averages are added, train.py's average of the weights is not. CUDA's allocator knows
-it. On a CPU it is counted from the storages of tensors: the same on every machine, but without workspaces inside
-operators, fragmentation, and compiled code ("-"). --fake counts tensors without data in the same way. E is one
+Memory: "peak" is the most bytes alive in a call, above inputs and weights; outputs and gradients count. To it
+`unet` adds weights and Adam's two averages, but not train.py's average of the weights. CUDA's allocator knows
+it. On a CPU it is counted from the storages of tensors: the same on every machine, without workspaces inside
+operators, fragmentation, and compiled code ("-"). --fake counts so without data, as on a CPU. E is one
 float32 tensor (b, l, d, n), which a scan should not hold.
 
-Peers: those that hold (b, l, d, n) wait for memory of the system; MALLOC_MMAP_THRESHOLD_=8589934592
+Peers that hold (b, l, d, n) wait for memory of the system; MALLOC_MMAP_THRESHOLD_=8589934592
 MALLOC_TRIM_THRESHOLD_=17179869184 is kind to them. mambapy is called without what its block makes around the
 scan, mamba_ssm in its own layout. "attention-explicit" is torch's MATH kernel: it holds l x l scores as the
 papers' baseline does. A CPU takes it for "attention" too, whose bias is learned.
@@ -71,25 +71,24 @@ class PeakMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self.known = weakref.WeakSet()
 
-    def free(self, size):
-        self.now -= size
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_tensor = lambda x: isinstance(x, torch.Tensor)
-        storages = lambda tree: [x.untyped_storage() for x in filter(is_tensor, tree_leaves(tree))]
-        self.known.update(storages((args, kwargs)))  # a view of what was there before is not new
+        storages = lambda *tree: [x.untyped_storage() for x in tree_leaves(tree) if torch.is_tensor(x)]
+        self.known.update(storages(args, kwargs))  # a view of what was there before is not new
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
             if storage not in self.known:
                 self.known.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
 
 def peak(call, device="cpu"):
-    """The most bytes alive in a call, and those it holds besides."""
+    """The most bytes alive in a call, and those that it says to be `held` besides."""
     held = getattr(call, "held", 0)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -102,6 +101,7 @@ def peak(call, device="cpu"):
 
 
 def seconds(call, device):
+    """Wall time of a call, the device's work included."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def seconds(call, device):
 
 
 def measure(calls, args, count=True):
-    """{name: function} -> {name: {"first", "seconds", "ratio", "peak"}}, without those that cannot run"""
+    """Take turns.    {name: call} -> {name: {"first", "seconds", "ratio", "peak"}} of those that can run"""
     torch.compiler.reset()  # else a second shape is compiled for all shapes
     records = {}
     for name, call in calls.items():
@@ -177,8 +177,8 @@ def mamba_ssm_scan(u, dt, A, B, C, D):  # u, dt (b, d, l), B, C (b, n, l)
 
 
 PEERS = {"mambapy": mambapy_scan, "mamba_ssm": mamba_ssm_scan, "naive": naive_scan}
-OURS = {"ours": selective_scan, "ours, dt to 10": selective_scan, "ours, compiled": torch.compile(selective_scan),
-        "definition": selective_scan_loop}  # fmt: skip
+OURS = {"ours": selective_scan, "ours, compiled": torch.compile(selective_scan),
+        "ours, dt to 10": selective_scan, "definition": selective_scan_loop}  # fmt: skip
 
 
 def scan_call(args, name, b, l, d, n):
@@ -211,8 +211,8 @@ def bench_layers(args):
                 layer = vdm_ssm.temporal_layer(name.removesuffix("-explicit"))(args.dim)
                 x, dy = torch.randn(2, args.pixels, frames, args.dim)
             call = both(layer, [x.requires_grad_()], dy, [p for p in layer.parameters() if p.requires_grad])
-            size = sum(p.numel() for p in layer.parameters())
-            calls[f"{name}, {size:,} parameters"] = explicit(call) if "-explicit" in name else call
+            row = f"{name}, {sum(p.numel() for p in layer.parameters()):,} parameters"
+            calls[row] = explicit(call) if "-explicit" in name else call
         yield f"{args.pixels} pixels, {frames} frames, width {args.dim}", measure(calls, args)
 
 
@@ -324,9 +324,12 @@ def main(argv=None):
         torch.cuda.set_device(args.device)  # whose memory is watched
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads")
     bench = {"scan": bench_scan, "layers": bench_layers, "unet": bench_unet, "data": bench_data}[args.what]
-    for title, records, *units in bench(args):
-        show(title, records, *units)
-        args.results.append({"title": title, "records": records})
+    try:
+        for title, records, *units in bench(args):
+            show(title, records, *units)
+            args.results.append({"title": title, "records": records})
+    except (ValueError, ImportError) as error:
+        sys.exit(f"bench.py: {error}")
     if args.json:
         Path(args.json).write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=1))
 
