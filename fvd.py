@@ -11,8 +11,8 @@ REAL and FAKE are folders of videos, of arrays or of folders of images, or singl
     net = load_i3d("i3d_pretrained_400.pt")                     or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). This file needs torch, numpy, tqdm and imageio[pyav], which brings
-av and Pillow, and nothing else of the project it comes from.
+with real and fake uint8 (n, t, h, w, 3). It needs torch, numpy, tqdm and imageio[pyav] (for av and Pillow) alone.
+Letters: n videos, t frames (every axis of time in this file), h w height and width, c channels, d features (400).
 
 References
   [1] Unterthiner et al., Towards Accurate Generative Models of Video (FVD), arXiv 1812.01717
@@ -20,9 +20,6 @@ References
   [3] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711
   [4] Binkowski et al., Demystifying MMD GANs (the kernel distance), arXiv 1801.01401
   [5] Naeem et al., Reliable Fidelity and Diversity Metrics (random embeddings), arXiv 2002.09797
-
-Letters: n videos, t frames (every axis of time in this file), h w height and width, c channels, d features
-(400). The sections: reading videos, I3D, weights, clips to features, distances, scoring a set, the command.
 """
 import argparse
 import contextlib
@@ -30,8 +27,8 @@ import hashlib
 import http.client
 import json
 import math
+import mmap
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -52,15 +49,15 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # 1. Reading videos
 #
-# Folders of videos hold surprises: half-copied files, audio, pipes, links in
-# circles. One rule covers them: every kind of file says in some way how long
-# its video is, and read_frames either yields that much or raises
-# UnreadableVideo. So a damaged video is named, and never passes as a shorter
-# one. Frames are decoded once, one at a time, as a player would show them.
+# Folders of videos hold half-copied files, audio, pipes, links in circles. One
+# rule covers them: every kind of file says in some way how long its video is,
+# and read_frames yields just that, or raises UnreadableVideo. So a damaged video
+# is named, and never passes as a shorter one. Frames are decoded once, one at a
+# time, and stand as a player shows them.
 #
 #     source (file or folder) --open_videos--> Video, ... --read_frames--> frames
 
-VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv", ".flv")
+VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -97,38 +94,35 @@ def naming(name):
         yield
     except UnreadableVideo:
         raise
-    except pickle.UnpicklingError as error:
-        raise UnreadableVideo(name, "it is damaged, or holds other objects than plain tensors") from error
-    except av.error.FFmpegError as error:
-        raise UnreadableVideo(name, f"it is damaged, cut off or no video ({error.strerror})") from error
-    except Exception as error:  # Pillow, zip and pickle readers share no narrower class
+    except Exception as error:  # FFmpeg, Pillow, zip and pickle readers share no narrower class
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableVideo(name, re.split(r"\n|\. ", reason.strip())[0]) from error
+        reason = re.split(r"\n|\. ", reason.strip())[0]
+        if type(error) is not ValueError:
+            reason = f"it cannot be read; is it damaged, cut off, or no video? ({reason})"
+        raise UnreadableVideo(name, reason) from error
 
 
 def find_videos(root):
     """Sources of videos at or below `root`, in natural order.    path -> list of Path
 
-    A source is a file with a suffix above, or a folder with several images and none of those files in it (one
-    video, an image per frame). Links are followed, each folder once; names that begin with a dot are skipped.
-    Nothing is opened. Raises UnreadableVideo if there is no source."""
+    A source is a file with a suffix above, or a folder of several images without such a file (an image per frame).
+    Links are followed, each folder once; names that begin with a dot are skipped. Nothing is opened. Raises
+    UnreadableVideo if there is no source."""
     root = Path(root)
-    if not os.path.lexists(root):
-        raise UnreadableVideo(printable(root), "there is no such file or folder")
     if not root.is_dir():
+        if not os.path.lexists(root):
+            raise UnreadableVideo(printable(root), "there is no such file or folder")
         return [root]
     found, others, seen = [], Counter(), set()
     unlisted = lambda error: found.append(Path(error.filename))  # open_videos will say why
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
+        new = os.path.realpath(folder) not in seen
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if new and not name.startswith("."))
+        paths = [Path(folder, name) for name in files if new and not name.startswith(".")]
         videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES]
         images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
-        found += videos or ([Path(folder)] if images > 1 else [])  # a single one is a preview
+        found += videos or [Path(folder)] * (images > 1)  # a single one is a preview
         others.update(path.suffix or "suffixless" for path in paths)
     if not found:
         held = ", ".join(f"{k} {suffix}" for suffix, k in others.most_common(5)) or "nothing"
@@ -146,8 +140,7 @@ def open_videos(path, scale=None):
     name = printable(path)
     with naming(name):
         if path.is_dir():
-            frames = folder_frames(path)
-            return [Video(name, lambda: (frame for path in frames for frame in pictures(path, most=1)))]
+            return [Video(name, partial(folder_frames, path))]
         require_file(path)
         if path.suffix.lower() in ARRAY_SUFFIXES:
             return array_videos(path, name, scale)
@@ -172,41 +165,51 @@ def read_frames(video):
 
 
 def check_floats(sources):
-    """Raises ValueError if the float arrays of a data set seem to differ in what black is.
+    """Raises ValueError if the float arrays of a data set differ in what looks black: one rule holds for all.
 
     A bright clip in [-1, 1] may look like one in [0, 1], and only its neighbours tell."""
     looks = {}
     for source in (source for source in sources if source.suffix.lower() in ARRAY_SUFFIXES):
-        with contextlib.suppress(UnreadableVideo):  # its reader will name it
+        with contextlib.suppress(UnreadableVideo):  # read_frames will name it
             looks.update((video.scale, video.name) for video in open_videos(source) if video.scale)
     if len(looks) > 1:
-        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say "
-                         "which they all are: --floats unit or --floats symmetric")
+        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say what "
+                         "all are by --floats unit or --floats symmetric")
 
 
 def require_file(path):
     if not path.is_file():
-        what = "a pipe, socket or device; it was not opened" if path.exists() else "a dangling link"
-        raise ValueError(what if os.path.lexists(path) else "there is no such file")
+        raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
 
 
 def film_frames(path):
-    """The film of an mp4, mov, mkv, webm, avi or flv, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
-    with open(path, "rb") as raw, av.open(raw) as file:  # FFmpeg takes some paths for addresses
+    """The film of an mp4, mov, mkv, webm or avi, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
+    with open(path, "rb") as raw, av.open(raw, metadata_errors="ignore") as file:  # a path may be an address
         film = file.streams.best("video") if file.streams.video else None
-        if film is None or film.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
+        cover = film and film.disposition & av.stream.Disposition.attached_pic
+        if film is None or film.codec_context is None or cover:
             raise ValueError("no video stream in it, only audio or data")
         film.codec_context.thread_count = 1  # it is the videos that are decoded in parallel
-        times, latest = [], 0
-        for packet in file.demux():
-            if packet.pts is not None:
-                latest = max(latest, packet.pts * packet.time_base)
-            for frame in packet.decode() if packet.stream.index == film.index else ():
-                times.append(frame.time)
+        packets = frames = 0
+        for packet in file.demux(film):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                frames += 1
                 if frame.is_corrupt:
-                    raise ValueError(f"frame {len(times) - 1} is damaged")
+                    raise ValueError(f"frame {frames - 1} is damaged")
                 yield upright(frame)
-        require_whole(file, film, times, float(latest))
+        kind, table = file.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
+        if kind == "matroska":
+            given, wanted = packets, matroska_blocks(path, film.index)
+        elif kind == "avi" and riff_is_whole(path):
+            given, wanted = packets, len(table)
+        elif kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
+            given, wanted = frames, sum(not entry.is_discard for entry in table)
+        else:
+            raise ValueError("a kind of file whose lost end would go unseen; rewrite it with: "
+                             "ffmpeg -i IN -c copy OUT.mp4")
+        if given != wanted:
+            raise ValueError(f"{given} frames come out of the {wanted} it declares; it is damaged")
 
 
 def upright(frame):
@@ -219,96 +222,105 @@ def upright(frame):
     return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
-def require_whole(file, film, times, latest):
-    """Raises ValueError unless the frames at these times, in seconds, are all that the file declares.
+def riff_is_whole(path):
+    """Whether the chunks of an avi end where the file does.    Raises ValueError if not."""
+    size, at = path.stat().st_size, 0
+    with open(path, "rb") as raw:
+        while at + 8 <= size:
+            raw.seek(at + 4)
+            at += 8 + int.from_bytes(raw.read(4), "little")
+    if at > size:
+        raise ValueError("the file is shorter than it declares; it is truncated")
+    return True
 
-    mp4 and mov keep an exact table of frames, where an edit list marks those not to be shown. The others say when
-    the film, or else the file, ends: there the last frame, or packet, must begin at most 1.5 frames before."""
-    kind = file.format.name.split(",")[0]
-    if kind == "mov" and film.frames:
-        wanted = sum(not entry.is_discard for entry in film.index_entries)
-        if len(times) != wanted:
-            raise ValueError(f"{len(times)} frames come out of the {wanted} it declares; it is damaged")
-        return
-    clocks = [text.split(":") for key, text in film.metadata.items() if key.startswith("DURATION")]
-    ends = [3600 * int(hours) + 60 * int(minutes) + float(seconds) for hours, minutes, seconds in clocks]
-    ends += [float(film.duration * film.time_base)] if film.duration else []
-    if kind not in ("matroska", "avi", "flv") or not (ends or file.duration):
-        raise ValueError("it declares neither frames nor duration, so a lost end would go unseen; rewrite it "
-                         "with: ffmpeg -i IN -c copy OUT.mp4")
-    if not times or None in times:
-        raise ValueError(f"{len(times)} frames come out, {times.count(None)} of them without a time")
-    end, last = (max(ends), max(times)) if ends else (file.duration / av.time_base, latest)
-    longest = max(np.diff(sorted(times)), default=1 / (film.average_rate or 25))  # seconds that a frame stays
-    if end - last > 1.5 * longest:
-        raise ValueError(f"it ends after {len(times)} frames, before the {end:.2f} seconds that it declares; it is "
-                         "truncated or damaged")
+
+def matroska_blocks(path, stream):
+    """Number of blocks (frames) of a stream of an mkv or webm, without decoding.    -> int
+
+    The file is a tree of elements: name, size, content. Leading zeros tell how long a name or a size is."""
+    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, end, tracks, blocks = 0, len(data), [], Counter()
+        while at < end:
+            start = at + 9 - data[at].bit_length()
+            name, at = data[at:start].hex(), start + 9 - data[start].bit_length()
+            size = int.from_bytes(data[start:at], "big") - (1 << 7 * (at - start))  # less the mark of its length
+            if name == "18538067":  # the segment, in which all the others are
+                end = at + size
+                if end > len(data):
+                    raise ValueError("the file is shorter than it declares, or declares no length; if it is whole, "
+                                     "rewrite it with: ffmpeg -i IN -c copy OUT.mp4")
+            elif name not in ("1654ae6b", "ae", "1f43b675", "a0"):  # they hold tracks or blocks
+                if name == "d7":
+                    tracks.append(data[at + size - 1])
+                blocks[data[at] - 128] += name in ("a1", "a3")  # led by the number of the track
+                at += size
+        if at != end:
+            raise ValueError("an element of the file is damaged")
+        return blocks[tracks[stream]]
 
 
 def pictures(path, most=None):
     """The pictures of a gif, or of any file of images, by Pillow.    path -> yields uint8 (h, w, 3)"""
-    require_file(path)
-    with naming(printable(path)), open(path, "rb") as raw, Image.open(raw) as image:
-        moving = image.format in ("GIF", "PNG", "WEBP", "TIFF")  # a stereo photograph is one picture
-        count = getattr(image, "n_frames", 1) if moving else 1
-        if image.format == "GIF" and count != gif_count(path.read_bytes()):
-            raise ValueError("pictures of the gif are missing; it is damaged")
-        if most and count > most:
-            raise ValueError("an animation among the frames of a folder; move it out")
-        for number in range(count):
-            image.seek(number)
-            shown = ImageOps.exif_transpose(image)
-            if shown.mode in ("I", "F"):
-                raise ValueError(f"pixels of Pillow's mode {shown.mode}; wanted are 8 or 16 bits")
-            deep = shown.mode.startswith("I;16")  # 65535 = 255 * 257
-            yield rgb8((np.asarray(shown) / 257).round()) if deep else np.asarray(shown.convert("RGB"))
+    with naming(printable(path)):
+        require_file(path)
+        with open(path, "rb") as raw, Image.open(raw) as image:
+            moving = image.format in ("GIF", "PNG", "WEBP", "TIFF")  # a stereo photograph is one picture
+            count = getattr(image, "n_frames", 1) if moving else 1
+            if image.format == "GIF" and count != gif_count(path.read_bytes()):
+                raise ValueError("pictures of the gif are missing; it is damaged")
+            if most and count > most:
+                raise ValueError("an animation among the frames of a folder; move it out")
+            for number in range(count):
+                image.seek(number)
+                shown = ImageOps.exif_transpose(image)
+                if shown.mode in ("I", "F"):
+                    raise ValueError(f"pixels of Pillow's mode {shown.mode}; wanted are 8 or 16 bits")
+                deep = shown.mode.startswith("I;16")  # 65535 = 255 * 257
+                yield rgb8((np.asarray(shown) / 257).round() if deep else np.asarray(shown.convert("RGB")))
 
 
 def gif_count(data):
     """Number of pictures in a gif, block by block, for Pillow takes a cut for the end.    bytes -> int
 
-    A gif that lacks its end mark only, or bears a byte or zeros behind it, is whole. A cut exactly between two
+    A gif that lacks its end mark alone, or bears a byte or zeros behind it, is whole. A cut exactly between two
     pictures looks the same, and no reader can tell it."""
     table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0  # bytes of a colour table
     at, count, kind = 13 + table(data[10]), 0, 0x2C
-    try:
-        while at < len(data) and data[at] != 0x3B:  # the end mark
-            kind = data[at]
-            if kind not in (0x21, 0x2C):
-                raise ValueError("a block of the gif is damaged")
-            count += kind == 0x2C  # a picture; 0x21 is an extension
-            at += 11 + table(data[at + 9]) if kind == 0x2C else 2
-            while data[at]:  # pieces of at most 255 bytes, each led by its length
-                at += 1 + data[at]
-            at += 1
-    except IndexError:
-        kind = None
-    if at >= len(data) and kind != 0x2C or len(data[at + 1:].replace(b"\0", b"")) > 2:
-        raise ValueError("the gif ends within a picture, or too early; it is truncated or damaged")
+    while at < len(data) and data[at] != 0x3B:  # the end mark
+        kind = data[at]
+        if kind not in (0x21, 0x2C):
+            raise ValueError("a block of the gif is damaged")
+        count += kind == 0x2C  # a picture; 0x21 is an extension
+        at += 11 + table(data[at + 9]) if kind == 0x2C else 2
+        while data[at]:  # pieces of at most 255 bytes, each led by its length
+            at += 1 + data[at]
+        at += 1
+    if at == len(data) and kind != 0x2C or len(data[at + 1:].replace(b"\0", b"")) > 2:
+        raise ValueError("the gif has no end mark, or one too early; it is truncated or damaged")
     return count
 
 
 def folder_frames(folder):
-    """Images of a folder, in natural order.    -> list of Path. Raises ValueError if some are missing.
+    """The images of a folder, in natural order.    path -> yields uint8 (h, w, 3)
 
-    Their numbers tell, by the digits that vary: not those of a camera or of a size. Time stamps may have gaps: they
-    are above 10^9, or have large steps that are no multiples of the smallest."""
+    Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or of a size.
+    Time stamps may have gaps: they are above 10^9, or have large steps that are no multiples of the smallest."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
-    columns = [re.findall("[0-9]+", path.stem) for path in paths]
-    if len(paths) < 2 or not columns[0] or len(set(map(len, columns))) > 1:
-        return paths
-    columns = list(zip(*columns))
-    varying = [column for column in columns if len(set(column)) > 1] or columns[-1:]
-    numbers = [int("".join(digits)) for digits in zip(*varying)]
-    steps = np.diff(np.array(numbers, dtype=object))
-    usual = max(1, min(steps))
-    stamps = numbers[0] >= 10**9 or usual > 9 and math.gcd(*steps) != usual
-    for step, before, after in zip(steps, paths, paths[1:]):
-        if step < 1 or step != usual and not stamps:
-            raise ValueError(f"frames are missing or mixed: {printable(after.name)} follows "
-                             f"{printable(before.name)}")
-    return paths
+    digits = [re.findall("[0-9]+", path.stem) for path in paths]
+    if len(set(map(len, digits))) == 1 < len(paths) and digits[0]:
+        columns = list(zip(*digits))
+        varying = [column for column in columns if len(set(column)) > 1] or columns[-1:]
+        numbers = [int("".join(parts)) for parts in zip(*varying)]
+        steps = [after - before for before, after in zip(numbers, numbers[1:])]
+        usual = max(1, min(steps))
+        stamps = numbers[0] >= 10**9 or usual > 9 and math.gcd(*steps) != usual
+        for step, before, after in zip(steps, paths, paths[1:]):
+            if step < 1 or step != usual and not stamps:
+                raise ValueError(f"frames are missing or mixed: {printable(after.name)} follows "
+                                 f"{printable(before.name)}")
+    for path in paths:
+        yield from pictures(path, most=1)
 
 
 def array_videos(path, name, scale):
@@ -351,28 +363,24 @@ def channels_last(array):
 
     Taken are (t, h, w) grey; (t, h, w, c), (c, t, h, w), (t, c, h, w); and (n, t, h, w, c), (n, c, t, h, w),
     (n, t, c, h, w). The last axis comes first, and among the others c = 3 before 1 before 4."""
-    shape = tuple(array.shape)
-    if array.ndim == 3 and shape[-1] not in (1, 3, 4):
+    view = array[None] if array.ndim == 4 else array
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         return array[None, ..., None]
-    array = array[None] if array.ndim == 4 else array
-    for axes, sizes in (((4,), (1, 3, 4)), ((1, 2), (3,)), ((1, 2), (1,)), ((1, 2), (4,))):
-        for axis in axes if array.ndim == 5 else ():
-            if array.shape[axis] in sizes:
-                return np.moveaxis(array, axis, -1)
-    raise ValueError(f"an array of shape {shape} is no video; save (t, h, w, c) or (n, t, h, w, c)")
+    for axis, c in [(4, 3), (4, 1), (4, 4), (1, 3), (2, 3), (1, 1), (2, 1), (1, 4), (2, 4)]:
+        if view.ndim == 5 and view.shape[axis] == c:
+            return np.moveaxis(view, axis, -1)
+    raise ValueError(f"an array of shape {tuple(array.shape)} is no video; save (t, h, w, c) or (n, t, h, w, c)")
 
 
 def float_scale(videos):
-    """What float pixels mean, by one rule for the whole file.    -> (0, 1) or (-1, 1)
+    """What the floats of a file mean: (0, 1) if all are within it, else (-1, 1). Raises ValueError.
 
-    All within [0, 1]: that is the scale. Else all within [-1, 1]: that one. Anything else is refused. Rounding
-    may step over the ends by 0.001, and is clipped."""
+    Rounding may step over the ends by 0.001, and is clipped."""
     finite = (video[np.isfinite(video)] for video in videos)  # read_frames names those with NaN
     ends = [end for video in finite if video.size for end in (video.min(), video.max())]
     low, high = min(ends, default=0), max(ends, default=0)
     if low < -1.001 or high > 1.001:
-        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; "
-                         "save 0..255 as uint8")
+        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; save uint8 in 0..255")
     return (0, 1) if low >= -0.001 else (-1, 1)
 
 
@@ -499,10 +507,8 @@ TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e58
 WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fvd", STATE_DICT)
 
 BY_HAND = f"""Get one of these two files and pass it as --weights FILE, or put the first one at {WEIGHTS} :
-  {STATE_DICT}, about 49 MB, from {STATE_DICT_URL}
-    `git hash-object FILE` must print {STATE_DICT_GIT_SHA1}
-  {TORCHSCRIPT}, 51235320 bytes, from {TORCHSCRIPT_URL}
-    its sha256 must be {TORCHSCRIPT_SHA256}
+  {STATE_DICT}, 49 MB, from {STATE_DICT_URL}, whose `git hash-object` is {STATE_DICT_GIT_SHA1}
+  {TORCHSCRIPT}, 51 MB, from {TORCHSCRIPT_URL}, whose sha256 is {TORCHSCRIPT_SHA256}
 Or let --download fetch the first, or score without weights by --features random."""
 
 
@@ -765,46 +771,37 @@ def measure(root, net, frames=16, clips=1, window="random", seed=0, protocol="st
     facts["clips"] = len(features)
     for name, reason in left_out:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    if len(features) < 2 or strict and left_out:
-        raise ValueError(f"{facts['path']}: {len(features)} usable clips, and a covariance needs 2 or more; "
-                         f"{len(left_out)} videos were left out{', and --strict forbids it' * strict}")
+    if strict and left_out:
+        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, and --strict forbids it")
+    if len(features) < 2:
+        raise ValueError(f"{facts['path']}: {len(features)} usable clips, and a covariance needs 2 or more "
+                         f"({len(left_out)} videos were left out)")
     return features, facts
 
 
-def save_features(path, features, facts, settings):
-    """Write the features of a set, whole or not at all."""
+def save_features(path, features, **descriptions):
+    """Write the features of a set, whole or not at all, and what describes them."""
     part = f"{path}.{os.getpid()}.part"
     with open(part, "wb") as out:
-        np.savez(out, features=features.numpy(), facts=json.dumps(facts), settings=json.dumps(settings))
+        np.savez(out, features=features.numpy(), **{k: json.dumps(v) for k, v in descriptions.items()})
     os.replace(part, path)
 
 
 def saved_features(path, settings):
     """What save_features wrote, or None if this is another file.    -> (n, d), facts. Raises ValueError"""
-    if Path(path).suffix != ".npz" or not zipfile.is_zipfile(path):
-        return None
-    with np.load(path, allow_pickle=False) as file:
-        if "settings" not in file:
-            return None
-        saved = json.loads(str(file["settings"]))
-        for name, value in settings.items():
-            if saved[name] != value:
-                raise ValueError(f"{path}: these features were made with {name} {saved[name]}, not {value}")
-        return torch.from_numpy(file["features"]), json.loads(str(file["facts"]))
+    if Path(path).suffix == ".npz" and zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as file:
+            if "settings" in file:
+                saved = json.loads(str(file["settings"]))
+                for name in (name for name in settings if saved[name] != settings[name]):
+                    raise ValueError(f"{path}: made with {name} {saved[name]}, not {settings[name]}")
+                return torch.from_numpy(file["features"]), json.loads(str(file["facts"]))
 
 
 # -----------------------------------------------------------------------------
 # 7. The command
 
 RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
-
-
-def at_least(low, why=""):
-    def number(text):
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}{why}")
-        return int(text)
-    return number
 
 
 def parse(argv):
@@ -818,21 +815,25 @@ def parse(argv):
         "TF1 resize, [-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models")
     add("--floats", choices=RANGES, help="what float arrays hold: [-1, 1] or [0, 1] (without it: [0, 1] if all "
         "values of a file are within it, else [-1, 1]; files of a set that differ are refused)")
-    add("--frames", type=at_least(9, ": I3D halves time three times and then pools two steps, so 8 frames leave "
-        "nothing"), default=16, metavar="T", help="of a clip, 9 or more")
-    add("--clips-per-video", type=at_least(1), default=1, metavar="K", help="at most")
+    add("--frames", type=int, default=16, metavar="T", help="of a clip, at least 9")
+    add("--clips-per-video", type=int, default=1, metavar="K", help="at most")
     add("--window", choices=["random", "first"], default="random", help="which frames of a video")
-    add("--seed", type=at_least(0), default=0, help="of the windows")
+    add("--seed", type=int, default=0, help="of the windows")
     add("--features", choices=["i3d", "random"], default="i3d", help="random: FD-random instead of FVD")
     add("--weights", metavar="FILE", default=WEIGHTS, type=Path, help=f"{STATE_DICT} or {TORCHSCRIPT}")
     flag("--allow-unknown-weights", help="take weights of unknown hash; a TorchScript file runs its code")
     flag("--download", help=f"fetch {STATE_DICT} to the place of --weights if it is missing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of I3D")
-    add("--batch", type=at_least(1), default=8, metavar="N", help="clips at a time")
+    add("--batch", type=int, default=8, metavar="N", help="clips at a time")
     add("--save-features", metavar="FILE.npz", help="keep the features of REAL, to be given as REAL next time")
     add("--json", metavar="FILE", help="write the result here as well")
     flag("--strict", help="unreadable or short videos are an error")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, low in (("frames", 9), ("clips_per_video", 1), ("seed", 0), ("batch", 1)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}"
+                         + " (I3D halves time three times, and then pools two steps)" * (name == "frames"))
+    return args
 
 
 def run(args):
@@ -845,7 +846,8 @@ def run(args):
         raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL, whose videos it is not")
     for root in (args.real, args.fake):
         find_videos(root)
-    warnings, names = [], ("FVD", "KVD")
+    warnings, names = ["small sets score high: two samples of one Gaussian in 400 dimensions are 552 apart at N = 64, "
+                       "81 at N = 1000; compare numbers of equal N only"], ("FVD", "KVD")
     if args.features == "random":
         net, network, names = random_i3d(), "I3D with random weights (seed 0)", ("FD-random", "KD-random")
     else:
@@ -863,11 +865,10 @@ def run(args):
                     strict=args.strict, **settings)
     a, real = saved_features(args.real, stamp) or score(args.real)
     if save:
-        save_features(save, a, real, stamp)
+        save_features(save, a, facts=real, settings=stamp)
     b, fake = score(args.fake)
     if real["clips"] != fake["clips"]:
-        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: the bias of a small set "
-                        "does not cancel; compare only numbers of the same two sizes")
+        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: their biases do not cancel")
     if set(real["resolutions"]) != set(fake["resolutions"]):
         warnings.append("unequal resolutions: resizing alone raises the distance")
     if fake["compressed"]:
@@ -880,15 +881,12 @@ def run(args):
 
 def show(result):
     print(f"{result['metric']} {result['value']:.6g}\n{result['kernel_metric']} {result['kernel_value']:.6g}")
-    print(f"  protocol  {result['protocol']}: {result['resize']} resize to 224x224, range {list(result['range'])}, "
-          f"{result['window']} windows of {result['frames']} frames, seed {result['seed']}")
-    print(f"  network   {result['network']}")
-    for side in ("real", "fake"):
-        facts = result[side]
-        print(f"  {side}      {facts['videos']} videos, {facts['clips']} clips, "
-              f"{', '.join(facts['resolutions'])}, {', '.join(facts['values'])}: {facts['path']}")
-    print("  bias      small sets score high: two samples of one unit Gaussian in 400 dimensions are\n"
-          "            552 apart at N = 64, 81 at N = 1000; compare numbers of equal N only")
+    for name in ("network", "protocol", "resize", "range", "frames", "clips", "window", "seed"):
+        print(f"  {name:9} {result[name]}")
+    for name in ("real", "fake"):
+        facts = result[name]
+        print(f"  {name:9} {facts['videos']} videos, {facts['clips']} clips, {', '.join(facts['resolutions'])}, "
+              f"{', '.join(facts['values'])}: {facts['path']}")
     for warning in result["warnings"]:
         print(f"  warning   {warning}")
 
