@@ -11,8 +11,8 @@ REAL and FAKE are folders of videos, of arrays or of folders of images, or singl
     net = load_i3d("i3d_pretrained_400.pt")                     or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). It needs torch, numpy, tqdm and imageio[pyav] (for av and Pillow) alone.
-Letters: n videos, t frames (every axis of time in this file), h w height and width, c channels, d features (400).
+with real and fake uint8 (n, t, h, w, 3). The file needs torch, numpy, tqdm and imageio[pyav] (av, Pillow) alone.
+Letters: n videos, t frames (every axis of time here), h w height and width, c channels, d features (400).
 
 References
   [1] Unterthiner et al., Towards Accurate Generative Models of Video (FVD), arXiv 1812.01717
@@ -35,6 +35,7 @@ import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -105,7 +106,7 @@ def naming(name):
 def find_videos(root):
     """Sources of videos at or below `root`, in natural order.    path -> list of Path
 
-    A source is a file with a suffix above, or a folder of several images without such a file (an image per frame).
+    A source is a file with a suffix above, or a folder of several images without such a file (one per frame).
     Links are followed, each folder once; names that begin with a dot are skipped. Nothing is opened. Raises
     UnreadableVideo if there is no source."""
     root = Path(root)
@@ -173,8 +174,8 @@ def check_floats(sources):
         with contextlib.suppress(UnreadableVideo):  # read_frames will name it
             looks.update((video.scale, video.name) for video in open_videos(source) if video.scale)
     if len(looks) > 1:
-        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say what "
-                         "all are by --floats unit or --floats symmetric")
+        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say "
+                         "what all are by --floats unit or --floats symmetric")
 
 
 def require_file(path):
@@ -282,8 +283,8 @@ def pictures(path, most=None):
 def gif_count(data):
     """Number of pictures in a gif, block by block, for Pillow takes a cut for the end.    bytes -> int
 
-    A gif that lacks its end mark alone, or bears a byte or zeros behind it, is whole. A cut exactly between two
-    pictures looks the same, and no reader can tell it."""
+    A gif that lacks its end mark alone, or bears a byte or zeros behind it, is whole. A cut exactly between
+    two pictures looks the same, and no reader can tell it."""
     table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0  # bytes of a colour table
     at, count, kind = 13 + table(data[10]), 0, 0x2C
     while at < len(data) and data[at] != 0x3B:  # the end mark
@@ -303,8 +304,8 @@ def gif_count(data):
 def folder_frames(folder):
     """The images of a folder, in natural order.    path -> yields uint8 (h, w, 3)
 
-    Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or of a size.
-    Time stamps may have gaps: they are above 10^9, or have large steps that are no multiples of the smallest."""
+    Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or a size.
+    Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
     digits = [re.findall("[0-9]+", path.stem) for path in paths]
@@ -369,7 +370,7 @@ def channels_last(array):
     for axis, c in [(4, 3), (4, 1), (4, 4), (1, 3), (2, 3), (1, 1), (2, 1), (1, 4), (2, 4)]:
         if view.ndim == 5 and view.shape[axis] == c:
             return np.moveaxis(view, axis, -1)
-    raise ValueError(f"an array of shape {tuple(array.shape)} is no video; save (t, h, w, c) or (n, t, h, w, c)")
+    raise ValueError(f"shape {tuple(array.shape)} is no video's; save (t, h, w, c) or (n, t, h, w, c)")
 
 
 def float_scale(videos):
@@ -380,7 +381,7 @@ def float_scale(videos):
     ends = [end for video in finite if video.size for end in (video.min(), video.max())]
     low, high = min(ends, default=0), max(ends, default=0)
     if low < -1.001 or high > 1.001:
-        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; save uint8 in 0..255")
+        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; save uint8")
     return (0, 1) if low >= -0.001 else (-1, 1)
 
 
@@ -538,8 +539,8 @@ def load_i3d(path, allow_unknown=False):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such file of weights. {BY_HAND}")
     if published(path) is None and not allow_unknown:
-        raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have no published hash: truncated, or another "
-                         f"network; --allow-unknown-weights takes it all the same. {BY_HAND}")
+        raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have no published hash: truncated, or "
+                         f"another network; --allow-unknown-weights takes it all the same. {BY_HAND}")
     if zipfile.is_zipfile(path) and any("/code/" in k for k in zipfile.ZipFile(path).namelist()):
         return TorchScriptI3D(path)
     net = I3D()
@@ -633,9 +634,9 @@ def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
 def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu"):
     """Features of clips, batch by batch.    iterable of uint8 (t, h, w, 3) -> float64 (n, d)
 
-    `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes, so memory does
-    not grow with n. Float clips (3, t, 224, 224) are `preprocess`ed already. Float32 throughout, even within an
-    autocast. Needs: preprocess, resize_tf1."""
+    `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes, so memory
+    does not grow with n. Float clips (3, t, 224, 224) have been preprocessed. Float32 throughout, even within
+    an autocast. Needs: preprocess, resize_tf1."""
     clips, features = iter(clips), [torch.empty(0)]
     exact = torch.autocast(torch.device(device).type, enabled=False)
     with exact, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
@@ -670,7 +671,7 @@ def frechet_distance(a, b):
             raise ValueError(f"a covariance needs features (n >= 2, d), not {tuple(x.shape)}")
         if not x.isfinite().all():
             rows = (~x.isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"the features of clips {rows[:10]} are NaN or infinite; are the weights intact?")
+            raise ValueError(f"the features of clips {rows[:10]} are NaN or infinite")
         means.append(x.mean(0))
         root = (x - means[-1]) / (len(x) - 1) ** 0.5            # (n, d)
         roots.append(torch.linalg.qr(root).R if len(x) > x.shape[1] else root)
@@ -699,83 +700,75 @@ def kernel_distance(a, b):
 # with the number nor with the size of videos.
 
 def cut_clips(video, frames, clips, window, protocol, rng):
-    """Windows of a video, decoded once.    -> video, list of float (3, t, 224, 224), "WxH" or an UnreadableVideo
+    """Windows of a video, decoded once.    -> list of float (3, t, 224, 224), "WxH". Raises UnreadableVideo
 
     The length is known at the end only. So window k takes one of the `clips` places with probability
     clips / (k + 1): at the end all windows were equally likely."""
-    chosen, growing, size = {}, deque(), ""
-    try:
-        for k, frame in enumerate(read_frames(video)):
-            size = "{1}x{0}".format(*frame.shape)
-            if window == "random":
-                place = k if k < clips else int(rng.integers(k + 1))
-            else:
-                place = k // frames if k % frames == 0 else clips
-            if place < clips:
-                growing.append((place, []))
-            if growing:
-                small = preprocess(frame[None], *PROTOCOLS[protocol])  # (3, 1, 224, 224)
-                for _, parts in growing:
-                    parts.append(small)
-                if len(growing[0][1]) == frames:
-                    place, parts = growing.popleft()
-                    chosen[place] = parts
-    except UnreadableVideo as error:
-        return video, [], error
-    return video, [torch.cat(parts, dim=1) for parts in chosen.values()], size
+    chosen, growing = {}, deque()
+    for k, frame in enumerate(read_frames(video)):
+        if window == "random":
+            place = k if k < clips else int(rng.integers(k + 1))
+        else:
+            place = k // frames if k % frames == 0 else clips
+        if place < clips:
+            growing.append((place, []))
+        if growing:
+            small = preprocess(frame[None], *PROTOCOLS[protocol])  # (3, 1, 224, 224)
+            for _, parts in growing:
+                parts.append(small)
+            if len(growing[0][1]) == frames:
+                place, parts = growing.popleft()
+                chosen[place] = parts
+    if not chosen:
+        raise UnreadableVideo(video.name, f"shorter than --frames {frames}; 9 is the least that I3D takes")
+    return [torch.cat(parts, dim=1) for parts in chosen.values()], "{1}x{0}".format(*frame.shape)
 
 
-def measure(root, net, frames=16, clips=1, window="random", seed=0, protocol="standard", scale=None, batch=8,
-            device="cpu", strict=False):
+def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, **cutting):
     """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
 
-    Damaged and short videos are named on stderr, and left out. Raises ValueError if too few are left, or if any
-    was left out and `strict`."""
+    `cutting` are the settings of cut_clips. Damaged and short videos are named on stderr, and left out. Raises
+    ValueError if too few are left, or if any was left out and `strict`."""
     sources, left_out = find_videos(root), []
     facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(), "values": Counter(),
              "compressed": 0, "left_out": left_out}
     if scale is None:
         check_floats(sources)
 
-    def decoded():
-        waiting = deque()
+    def begun():
         with ThreadPoolExecutor(2) as pool:
             for i, source in enumerate(sources):
                 try:
-                    videos = open_videos(source, scale)
+                    for j, video in enumerate(open_videos(source, scale)):
+                        rng = np.random.default_rng([seed, i, j])
+                        yield video, pool.submit(cut_clips, video, rng=rng, **cutting)
                 except UnreadableVideo as error:
                     left_out.append([error.name, error.reason])
-                    continue
-                for j, video in enumerate(videos):
-                    rng = np.random.default_rng([seed, i, j])
-                    waiting.append(pool.submit(cut_clips, video, frames, clips, window, protocol, rng))
-                    if len(waiting) > batch:
-                        yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
 
     def usable():
-        for video, cut, size in tqdm(decoded(), desc=facts["path"][-30:], unit=" videos"):
-            if isinstance(size, UnreadableVideo):
-                left_out.append([size.name, size.reason])
-            elif not cut:
-                left_out.append([video.name, f"shorter than --frames {frames}; 9 is the least that I3D takes"])
-            else:
-                facts["videos"] += 1
-                facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
-                facts["resolutions"][size] += 1
-                facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
+        begin, waiting = begun(), deque()
+        progress = tqdm(desc=facts["path"][-30:], unit=" videos")
+        while waiting.extend(islice(begin, batch + 1 - len(waiting))) or waiting:
+            video, job = waiting.popleft()
+            progress.update()
+            try:
+                cut, size = job.result()
+            except UnreadableVideo as error:
+                left_out.append([error.name, error.reason])
+                continue
+            facts["videos"] += 1
+            facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
+            facts["resolutions"][size] += 1
+            facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
             yield from cut
 
     features = video_features(usable(), net, batch=batch, device=device)
     facts["clips"] = len(features)
     for name, reason in left_out:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    if strict and left_out:
-        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, and --strict forbids it")
-    if len(features) < 2:
-        raise ValueError(f"{facts['path']}: {len(features)} usable clips, and a covariance needs 2 or more "
-                         f"({len(left_out)} videos were left out)")
+    if strict and left_out or len(features) < 2:
+        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, which --strict forbids, or of "
+                         f"which too many: a covariance needs 2 clips, and {len(features)} are left")
     return features, facts
 
 
@@ -806,15 +799,15 @@ RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Frechet Video Distance of two sets of videos: folders of videos, arrays (n, t, h, w, c) or "
-        "(n, c, t, h, w), or folders of images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Frechet Video Distance of two sets of videos: folders of videos, arrays (n, t, h, w, c) "
+        "or (n, c, t, h, w), or folders of images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("real", help="folder or file of real videos, or what --save-features wrote")
     add("fake", help="folder or file of generated videos")
-    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, [-1, 1]; original: "
-        "TF1 resize, [-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models")
-    add("--floats", choices=RANGES, help="what float arrays hold: [-1, 1] or [0, 1] (without it: [0, 1] if all "
-        "values of a file are within it, else [-1, 1]; files of a set that differ are refused)")
+    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, [-1, 1]; "
+        "original: TF1 resize, [-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models")
+    add("--floats", choices=RANGES, help="float arrays hold [-1, 1] or [0, 1]; without it, a file within "
+        "[0, 1] is taken for that, else for [-1, 1], and files that differ are refused")
     add("--frames", type=int, default=16, metavar="T", help="of a clip, at least 9")
     add("--clips-per-video", type=int, default=1, metavar="K", help="at most")
     add("--window", choices=["random", "first"], default="random", help="which frames of a video")
@@ -825,7 +818,7 @@ def parse(argv):
     flag("--download", help=f"fetch {STATE_DICT} to the place of --weights if it is missing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of I3D")
     add("--batch", type=int, default=8, metavar="N", help="clips at a time")
-    add("--save-features", metavar="FILE.npz", help="keep the features of REAL, to be given as REAL next time")
+    add("--save-features", metavar="FILE.npz", help="keep the features of REAL, to stand for it next time")
     add("--json", metavar="FILE", help="write the result here as well")
     flag("--strict", help="unreadable or short videos are an error")
     args = parser.parse_args(argv)
@@ -838,16 +831,14 @@ def parse(argv):
 
 def run(args):
     """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
-    save, real_path = args.save_features, Path(args.real)
+    save, warnings, names = args.save_features, [], ("FVD", "KVD")
     for file in map(Path, filter(None, (args.json, save))):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
-    if save and (not save.endswith(".npz") or real_path.resolve() in Path(save).resolve().parents):
-        raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL, whose videos it is not")
+    if save and (not save.endswith(".npz") or Path(args.real).resolve() in Path(save).resolve().parents):
+        raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL")
     for root in (args.real, args.fake):
         find_videos(root)
-    warnings, names = ["small sets score high: two samples of one Gaussian in 400 dimensions are 552 apart at N = 64, "
-                       "81 at N = 1000; compare numbers of equal N only"], ("FVD", "KVD")
     if args.features == "random":
         net, network, names = random_i3d(), "I3D with random weights (seed 0)", ("FD-random", "KD-random")
     else:
@@ -857,26 +848,27 @@ def run(args):
         if network is None:
             network = f"unknown, sha256 {hashlib.sha256(args.weights.read_bytes()).hexdigest()}"
             warnings.append(f"the weights {args.weights} are not a published file: the number may not be FVD")
-    net.to(args.device)
-    settings = {"frames": args.frames, "clips": args.clips_per_video, "window": args.window, "seed": args.seed,
-                "protocol": args.protocol}
-    stamp = settings | {"network": network}
-    score = partial(measure, net=net, scale=RANGES.get(args.floats), batch=args.batch, device=args.device,
-                    strict=args.strict, **settings)
-    a, real = saved_features(args.real, stamp) or score(args.real)
+    settings = {name: getattr(args, name) for name in ("frames", "window", "seed", "protocol")}
+    settings["clips"] = args.clips_per_video
+    score = partial(measure, net=net.to(args.device), scale=RANGES.get(args.floats), batch=args.batch,
+                    device=args.device, strict=args.strict, **settings)
+    settings["network"] = network
+    a, real = saved_features(args.real, settings) or score(args.real)
     if save:
-        save_features(save, a, facts=real, settings=stamp)
+        save_features(save, a, facts=real, settings=settings)
     b, fake = score(args.fake)
+    warnings.append("small sets score high: two samples of one Gaussian in 400 dimensions are 552 apart at "
+                    "N = 64, 81 at N = 1000; compare numbers of equal N only")
     if real["clips"] != fake["clips"]:
-        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: their biases do not cancel")
+        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}")
     if set(real["resolutions"]) != set(fake["resolutions"]):
         warnings.append("unequal resolutions: resizing alone raises the distance")
     if fake["compressed"]:
         warnings.append("FAKE is compressed video, which raises the distance; score arrays instead")
     resize, value_range = PROTOCOLS[args.protocol]
     return {"metric": names[0], "value": frechet_distance(a, b), "kernel_metric": names[1],
-            "kernel_value": kernel_distance(a, b), **stamp, "resize": resize, "range": value_range, "real": real,
-            "fake": fake, "warnings": warnings}
+            "kernel_value": kernel_distance(a, b), **settings, "resize": resize, "range": list(value_range),
+            "real": real, "fake": fake, "warnings": warnings}
 
 
 def show(result):
@@ -885,8 +877,8 @@ def show(result):
         print(f"  {name:9} {result[name]}")
     for name in ("real", "fake"):
         facts = result[name]
-        print(f"  {name:9} {facts['videos']} videos, {facts['clips']} clips, {', '.join(facts['resolutions'])}, "
-              f"{', '.join(facts['values'])}: {facts['path']}")
+        values = ", ".join([*facts["resolutions"], *facts["values"]])
+        print(f"  {name:9} {facts['videos']} videos, {facts['clips']} clips, {values}: {facts['path']}")
     for warning in result["warnings"]:
         print(f"  warning   {warning}")
 
@@ -898,9 +890,11 @@ def main(argv=None):
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         show(result)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's are the last two
-        hint = "" if isinstance(error, (ValueError, OSError)) else " (for memory, lower --batch; or try --device cpu)"
-        print(f"fvd.py: {str(error).splitlines()[0] if hint else error}{hint}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"fvd.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, AssertionError) as error:  # torch's
+        print(f"fvd.py: {str(error).splitlines()[0]} (for memory, lower --batch, or try --device cpu)", file=sys.stderr)
         return 2
     return 0
 
