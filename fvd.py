@@ -11,7 +11,7 @@ REAL and FAKE are folders of videos, of arrays or of folders of images, or singl
     net = load_i3d("i3d_pretrained_400.pt")                     or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). The file needs torch, numpy, tqdm and imageio[pyav] (av, Pillow) alone.
+with real and fake uint8 (n, t, h, w, 3). The file needs torch, numpy, tqdm and imageio[pyav] alone.
 Letters: n videos, t frames (every axis of time here), h w height and width, c channels, d features (400).
 
 References
@@ -61,6 +61,7 @@ from tqdm import tqdm
 VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+REWRITE = "rewrite it with: ffmpeg -i IN -c copy OUT.mp4"
 
 
 class UnreadableVideo(ValueError):
@@ -145,8 +146,7 @@ def open_videos(path, scale=None):
         require_file(path)
         if path.suffix.lower() in ARRAY_SUFFIXES:
             return array_videos(path, name, scale)
-        with open(path, "rb") as raw:
-            drawn = path.suffix.lower() in IMAGE_SUFFIXES or raw.read(4) == b"GIF8"
+        drawn = path.suffix.lower() in IMAGE_SUFFIXES or head(path, 4) == b"GIF8"
         return [Video(name, partial(pictures if drawn else film_frames, path))]
 
 
@@ -178,6 +178,11 @@ def check_floats(sources):
                          "what all are by --floats unit or --floats symmetric")
 
 
+def head(path, size):
+    with open(path, "rb") as raw:
+        return raw.read(size)
+
+
 def require_file(path):
     if not path.is_file():
         raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
@@ -195,44 +200,34 @@ def film_frames(path):
         for packet in file.demux(film):
             packets += packet.size > 0
             for frame in packet.decode():
-                frames += 1
                 if frame.is_corrupt:
-                    raise ValueError(f"frame {frames - 1} is damaged")
-                yield upright(frame)
+                    raise ValueError(f"frame {frames} is damaged")
+                if frames == 0:  # once: a frame whose side data was seen lives until garbage is collected
+                    turn = upright(frame.side_data.get("DISPLAYMATRIX"))
+                frames += 1
+                yield turn(frame.to_ndarray(format="rgb24"))
         kind, table = file.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
-        if kind == "matroska":
-            given, wanted = packets, matroska_blocks(path, film.index)
-        elif kind == "avi" and riff_is_whole(path):
-            given, wanted = packets, len(table)
-        elif kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
+        if kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
             given, wanted = frames, sum(not entry.is_discard for entry in table)
+        elif kind in ("matroska", "avi"):
+            given, wanted = packets, matroska_blocks(path, film.index) if kind == "matroska" else len(table)
         else:
-            raise ValueError("a kind of file whose lost end would go unseen; rewrite it with: "
-                             "ffmpeg -i IN -c copy OUT.mp4")
+            raise ValueError(f"a lost end of this kind of file would go unseen; {REWRITE}")
+        if kind == "avi" and os.path.getsize(path) < 8 + int.from_bytes(head(path, 8)[4:], "little"):
+            raise ValueError("the file is shorter than it declares; it is truncated")
         if given != wanted:
             raise ValueError(f"{given} frames come out of the {wanted} it declares; it is damaged")
 
 
-def upright(frame):
-    """The picture as players show it: a phone stores it lying, with a matrix.    -> (h, w, 3)"""
-    pixels = frame.to_ndarray(format="rgb24")
-    matrix = np.frombuffer(frame.side_data.get("DISPLAYMATRIX") or np.eye(3, dtype=np.int32), np.int32)
-    a, b, _, c, d = matrix[:5].tolist()  # x' = a x + c y, y' = b x + d y
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
-
-
-def riff_is_whole(path):
-    """Whether the chunks of an avi end where the file does.    Raises ValueError if not."""
-    size, at = path.stat().st_size, 0
-    with open(path, "rb") as raw:
-        while at + 8 <= size:
-            raw.seek(at + 4)
-            at += 8 + int.from_bytes(raw.read(4), "little")
-    if at > size:
-        raise ValueError("the file is shorter than it declares; it is truncated")
-    return True
+def upright(matrix):
+    """How players turn what a phone recorded lying.    display matrix or None -> function of (h, w, 3)"""
+    if matrix is None:
+        return lambda pixels: pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    lying = abs(b) > abs(a)
+    flip_x, flip_y = (c, b) if lying else (a, d)
+    steps = (slice(None, None, -1 if flip_y < 0 else 1), slice(None, None, -1 if flip_x < 0 else 1))
+    return lambda pixels: np.ascontiguousarray((pixels.swapaxes(0, 1) if lying else pixels)[steps])
 
 
 def matroska_blocks(path, stream):
@@ -244,12 +239,11 @@ def matroska_blocks(path, stream):
         while at < end:
             start = at + 9 - data[at].bit_length()
             name, at = data[at:start].hex(), start + 9 - data[start].bit_length()
-            size = int.from_bytes(data[start:at], "big") - (1 << 7 * (at - start))  # less the mark of its length
+            size = int.from_bytes(data[start:at], "big") - (1 << 7 * (at - start))  # without its mark
             if name == "18538067":  # the segment, in which all the others are
                 end = at + size
                 if end > len(data):
-                    raise ValueError("the file is shorter than it declares, or declares no length; if it is whole, "
-                                     "rewrite it with: ffmpeg -i IN -c copy OUT.mp4")
+                    raise ValueError(f"it is truncated, or declares no length; if it is whole, {REWRITE}")
             elif name not in ("1654ae6b", "ae", "1f43b675", "a0"):  # they hold tracks or blocks
                 if name == "d7":
                     tracks.append(data[at + size - 1])
@@ -338,8 +332,7 @@ def array_videos(path, name, scale):
 
 def load_array(path):
     """The one array of videos in an .npy, .npz or .pt file; .npy and .pt are memory-mapped."""
-    with open(path, "rb") as raw:
-        start = raw.read(6)
+    start = head(path, 6)
     if path.suffix.lower() == ".pt":
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=start[:2] == b"PK" and path.name.isprintable())  # torch maps no odd names
@@ -654,11 +647,9 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 #
 #     d^2 = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 #
-# A matrix square root of S1 S2 is fragile, for the product is neither symmetric
-# nor of full rank. With S = A^T A, where A holds the centred features over
-# sqrt(n - 1), the last trace is the nuclear norm (the sum of the singular
-# values) of A1 A2^T: real, exact, and S itself is never formed. If n > d, the
-# triangle of A = QR takes A's place, because R^T R = A^T A too.
+# With S = A^T A, where A holds the centred features over sqrt(n - 1), the last
+# trace is the nuclear norm (the sum of the singular values) of A1 A2^T: real and
+# exact, unlike a root of S1 S2. If n > d, the triangle of A = QR takes A's place.
 
 def frechet_distance(a, b):
     """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
@@ -727,7 +718,7 @@ def cut_clips(video, frames, clips, window, protocol, rng):
 def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, **cutting):
     """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
 
-    `cutting` are the settings of cut_clips. Damaged and short videos are named on stderr, and left out. Raises
+    `cutting` are settings of cut_clips. Damaged and short videos are named on stderr and left out. Raises
     ValueError if too few are left, or if any was left out and `strict`."""
     sources, left_out = find_videos(root), []
     facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(), "values": Counter(),
@@ -767,8 +758,8 @@ def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, 
     for name, reason in left_out:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if strict and left_out or len(features) < 2:
-        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, which --strict forbids, or of "
-                         f"which too many: a covariance needs 2 clips, and {len(features)} are left")
+        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, which --strict forbids, or "
+                         f"of which too few remain: a covariance needs 2 clips, not {len(features)}")
     return features, facts
 
 
@@ -894,7 +885,7 @@ def main(argv=None):
         print(f"fvd.py: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, AssertionError) as error:  # torch's
-        print(f"fvd.py: {str(error).splitlines()[0]} (for memory, lower --batch, or try --device cpu)", file=sys.stderr)
+        print(f"fvd.py: {str(error).splitlines()[0]} (lower --batch, or try --device cpu)", file=sys.stderr)
         return 2
     return 0
 
