@@ -247,7 +247,8 @@ def matroska_blocks(path, stream):
             elif name not in ("1654ae6b", "ae", "1f43b675", "a0"):  # they hold tracks or blocks
                 if name == "d7":
                     tracks.append(data[at + size - 1])
-                blocks[data[at] - 128] += name in ("a1", "a3")  # led by the number of the track
+                if name in ("a1", "a3"):  # a block, led by the number of its track
+                    blocks[data[at] - 128] += 1
                 at += size
         if at != end:
             raise ValueError("an element of the file is damaged")

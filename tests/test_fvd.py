@@ -109,7 +109,8 @@ def test_protocols_differ_in_resize_and_range():
     rows = {name: fvd.preprocess(clip, *fvd.PROTOCOLS[name])[0, 0, 0] for name in fvd.PROTOCOLS}
     assert torch.allclose(rows["paper"], (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
     assert torch.allclose(rows["original"], 2 * rows["paper"] - 1, atol=1e-6)
-    assert torch.allclose(rows["standard"], -rows["standard"].flip(0), atol=1e-6) and rows["standard"][0] == -1
+    assert rows["standard"][0] == -1
+    assert torch.allclose(rows["standard"], -rows["standard"].flip(0), atol=1e-6)
 
 
 class Pixels(nn.Module):
