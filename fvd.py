@@ -235,7 +235,7 @@ def matroska_blocks(path, stream):
 
     The file is a tree of elements: name, size, content. Leading zeros tell how long a name or a size is."""
     with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at, end, tracks, blocks = 0, len(data), [], Counter()
+        at, end, tracks, blocks, names = 0, len(data), [], Counter(), None
         while at < end:
             start = at + 9 - data[at].bit_length()
             name, at = data[at:start].hex(), start + 9 - data[start].bit_length()
@@ -244,7 +244,11 @@ def matroska_blocks(path, stream):
                 end = at + size
                 if end > len(data):
                     raise ValueError(f"it is truncated, or declares no length; if it is whole, {REWRITE}")
-            elif name not in ("1654ae6b", "ae", "1f43b675", "a0"):  # they hold tracks or blocks
+            elif name == "1f43b675":  # a cluster of blocks, and what else it may hold
+                names = "e7 a7 ab bf ec 5854 a3 a0 a1 9b fb fd fa a4 75a1 75a2".split()
+            elif names and len(name) < 8 and name not in names:
+                break
+            elif name not in ("1654ae6b", "ae", "a0"):  # they hold tracks or a block
                 if name == "d7":
                     tracks.append(data[at + size - 1])
                 if name in ("a1", "a3"):  # a block, led by the number of its track
