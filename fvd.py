@@ -4,14 +4,15 @@
     python fvd.py REAL FAKE --download                          the same, fetching the weights once
     python fvd.py REAL FAKE --features random                   no weights at hand: FD-random, not FVD
     python fvd.py REAL FAKE --protocol paper --json out.json    the numbers as [3] computed them
+    python fvd.py REAL FAKE --save-features real.npz            next time, real.npz may stand for REAL
 
 REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library:
 
-    net = load_i3d("i3d_pretrained_400.pt")                 or random_i3d()
+    net = load_i3d("i3d_pretrained_400.pt")                     or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). This file needs torch, numpy, tqdm and imageio[pyav], and
-nothing else of the project it comes from.
+with real and fake uint8 (n, t, h, w, 3). The file needs torch, numpy, tqdm and imageio[pyav] alone.
+Letters: n videos, t frames (every axis of time here), h w height and width, c channels, d features (400).
 
 References
   [1] Unterthiner et al., Towards Accurate Generative Models of Video (FVD), arXiv 1812.01717
@@ -19,58 +20,48 @@ References
   [3] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711
   [4] Binkowski et al., Demystifying MMD GANs (the kernel distance), arXiv 1801.01401
   [5] Naeem et al., Reliable Fidelity and Diversity Metrics (random embeddings), arXiv 2002.09797
-
-Map
-  1. Reading videos      find_videos, open_videos, read_frames
-  2. I3D                 same_pad, Unit3D, I3D
-  3. Weights             load_i3d, random_i3d, download_weights
-  4. Clips to features   resize_tf1, preprocess, video_features, windows
-  5. Distances           frechet_distance, kernel_distance, bootstrap_std
-  6. Scoring a set       decode_ahead, measure, cached
-  7. The command
-
-Letters: n videos, t frames (every axis of time in this file), h w height and width, c channels,
-d features (400).
 """
 import argparse
 import contextlib
-import functools
-import gc
 import hashlib
 import http.client
 import json
+import math
+import mmap
 import os
-import pickle
 import re
 import sys
-import urllib.request
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # 1. Reading videos
 #
-# Folders of videos hold surprises: half-copied files, audio, pipes, links in
-# circles. One rule covers them: a video declares how many frames it has, and
-# read_frames yields exactly that many or raises UnreadableVideo, so a damaged
-# file is named and never scored as a shorter video.
+# Folders of videos hold half-copied files, audio, pipes, links in circles. One
+# rule covers them: every kind of file says in some way how long its video is,
+# and read_frames yields just that, or raises UnreadableVideo. So a damaged video
+# is named, and never passes as a shorter one. Frames are decoded once, one at a
+# time, and stand as a player shows them.
 #
 #     source (file or folder) --open_videos--> Video, ... --read_frames--> frames
 
-VIDEO_SUFFIXES = (".gif", ".mp4", ".avi", ".webm", ".mov", ".mkv")
+VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+REWRITE = "rewrite it with: ffmpeg -i IN -c copy OUT.mp4"
 
 
 class UnreadableVideo(ValueError):
@@ -83,10 +74,9 @@ class UnreadableVideo(ValueError):
 
 class Video(NamedTuple):
     """One video, not decoded yet."""
-    name: str         # printable path; "samples.npz[3]" is the fourth video of an array
-    count: Callable   # () -> the number of frames it declares
-    decode: Callable  # () -> iterator over the frames as they are stored
-    scale: tuple      # (low, high): the values of black and white if its frames are floats
+    name: str          # printable path; "samples.npz[3]" is the fourth video of an array
+    decode: Callable   # () -> iterator over uint8 (h, w, 3), which raises if some are missing
+    scale: tuple = ()  # (low, high): the values of black and white in an array of floats
 
 
 def printable(path):
@@ -106,36 +96,35 @@ def naming(name):
         yield
     except UnreadableVideo:
         raise
-    except pickle.UnpicklingError as error:
-        raise UnreadableVideo(name, "it is damaged, or holds other objects than plain tensors") from error
     except Exception as error:  # FFmpeg, Pillow, zip and pickle readers share no narrower class
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableVideo(name, re.split(r"\n|\. ", reason.strip())[0]) from error
+        reason = re.split(r"\n|\. ", reason.strip())[0]
+        if type(error) is not ValueError:
+            reason = f"it cannot be read; is it damaged, cut off, or no video? ({reason})"
+        raise UnreadableVideo(name, reason) from error
 
 
 def find_videos(root):
     """Sources of videos at or below `root`, in natural order.    path -> list of Path
 
-    A source is a file with a suffix above, or a folder with several images and none of those files
-    in it (one video, an image per frame). Links are followed, each folder once; names that begin with a
-    dot are skipped. Nothing is opened. Raises UnreadableVideo if there is no source."""
+    A source is a file with a suffix above, or a folder of several images without such a file (one per frame).
+    Links are followed, each folder once; names that begin with a dot are skipped. Nothing is opened. Raises
+    UnreadableVideo if there is no source."""
     root = Path(root)
-    if not os.path.lexists(root):
-        raise UnreadableVideo(printable(root), "there is no such file or folder")
     if not root.is_dir():
+        if not os.path.lexists(root):
+            raise UnreadableVideo(printable(root), "there is no such file or folder")
         return [root]
     found, others, seen = [], Counter(), set()
     unlisted = lambda error: found.append(Path(error.filename))  # open_videos will say why
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
+        new = os.path.realpath(folder) not in seen
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if new and not name.startswith("."))
+        paths = [Path(folder, name) for name in files if new and not name.startswith(".")]
         videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES]
         images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
-        found += videos or ([Path(folder)] if images > 1 else [])  # a single one is a preview
+        found += videos or [Path(folder)] * (images > 1)  # a single one is a preview
         others.update(path.suffix or "suffixless" for path in paths)
     if not found:
         held = ", ".join(f"{k} {suffix}" for suffix, k in others.most_common(5)) or "nothing"
@@ -147,22 +136,18 @@ def find_videos(root):
 def open_videos(path, scale=None):
     """The videos of one source, without decoding them.    path -> list of Video
 
-    `scale` is (low, high), the values of black and white in float arrays; None decides by
-    `float_scale`. Raises UnreadableVideo; never opens a pipe, socket or device."""
+    `scale` is (low, high), the values of black and white in float arrays; None decides by `float_scale`.
+    Raises UnreadableVideo; never opens a pipe, socket or device."""
     path = Path(path)
     name = printable(path)
     with naming(name):
         if path.is_dir():
-            images = frame_paths(path)
-            return [Video(name, images.__len__, partial(map, read_image, images), None)]
+            return [Video(name, partial(folder_frames, path))]
         require_file(path)
         if path.suffix.lower() in ARRAY_SUFFIXES:
             return array_videos(path, name, scale)
-        if head(path, 4) == b"GIF8":
-            count, decode = gif_count, partial(stored_frames, path, "pillow", mode="RGB")
-        else:  # one thread each: it is the videos that are decoded in parallel
-            count, decode = container_count, partial(stored_frames, path, "pyav", thread_count=1)
-        return [Video(name, functools.cache(partial(count, path)), decode, None)]
+        drawn = path.suffix.lower() in IMAGE_SUFFIXES or head(path, 4) == b"GIF8"
+        return [Video(name, partial(pictures if drawn else film_frames, path))]
 
 
 def read_frames(video):
@@ -170,15 +155,27 @@ def read_frames(video):
 
     Raises UnreadableVideo, possibly after some frames: they count only if the iterator ends."""
     with naming(video.name):
-        declared, given, shape = video.count(), 0, None
-        for frame in video.decode():
-            frame = rgb8(frame, video.scale)
+        shape = None
+        for k, frame in enumerate(video.decode()):
             if shape not in (None, frame.shape):
-                raise ValueError(f"frame {given} has another size than the frames before it")
-            given, shape = given + 1, frame.shape
+                raise ValueError(f"frame {k} has another size than the frames before it")
+            shape = frame.shape
             yield frame
-        if given != declared or given == 0:
-            raise ValueError(f"{given} frames come out of the {declared} it declares; it is damaged")
+        if shape is None:
+            raise ValueError("no frame in it")
+
+
+def check_floats(sources):
+    """Raises ValueError if the float arrays of a data set differ in what looks black: one rule holds for all.
+
+    A bright clip in [-1, 1] may look like one in [0, 1], and only its neighbours tell."""
+    looks = {}
+    for source in (source for source in sources if source.suffix.lower() in ARRAY_SUFFIXES):
+        with contextlib.suppress(UnreadableVideo):  # read_frames will name it
+            looks.update((video.scale, video.name) for video in open_videos(source) if video.scale)
+    if len(looks) > 1:
+        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say "
+                         "what all are by --floats unit or --floats symmetric")
 
 
 def head(path, size):
@@ -188,102 +185,142 @@ def head(path, size):
 
 def require_file(path):
     if not path.is_file():
-        what = "a pipe, socket or device; it was not opened" if path.exists() else "a dangling link"
-        raise ValueError(what if os.path.lexists(path) else "there is no such file")
+        raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
 
 
-def rgb8(frame, scale=None):
-    """8-bit RGB of any frame; alpha is dropped.    (h, w) or (h, w, 1..4) -> uint8 (h, w, 3)"""
-    if frame.dtype == bool:
-        frame = frame * np.uint8(255)
-    elif frame.dtype == np.uint16:
-        frame = (frame / 257).round()  # 65535 = 255 * 257
-    elif frame.dtype.kind == "f":
-        if not np.isfinite(frame).all():
-            raise ValueError("it holds NaN or infinite values")
-        low, high = scale
-        frame = ((frame.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255)
-    elif frame.dtype != np.uint8:
-        raise ValueError(f"pixels of type {frame.dtype}; wanted is uint8 in 0..255 or float")
-    frame = frame if frame.ndim == 3 else frame[..., None]
-    frame = frame[..., :3] if frame.shape[-1] >= 3 else frame[..., :1].repeat(3, axis=-1)
-    return np.array(frame, dtype=np.uint8)
+def film_frames(path):
+    """The film of an mp4, mov, mkv, webm or avi, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
+    with open(path, "rb") as raw, av.open(raw, metadata_errors="ignore") as file:  # a path may be an address
+        film = file.streams.best("video") if file.streams.video else None
+        cover = film and film.disposition & av.stream.Disposition.attached_pic
+        if film is None or film.codec_context is None or cover:
+            raise ValueError("no video stream in it, only audio or data")
+        film.codec_context.thread_count = 1  # it is the videos that are decoded in parallel
+        packets = frames = 0
+        for packet in file.demux(film):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {frames} is damaged")
+                if frames == 0:  # once: a frame whose side data was seen lives until garbage is collected
+                    turn = upright(frame.side_data.get("DISPLAYMATRIX"))
+                frames += 1
+                yield turn(frame.to_ndarray(format="rgb24"))
+        kind, table = file.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
+        if kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
+            given, wanted = frames, sum(not entry.is_discard for entry in table)
+        elif kind in ("matroska", "avi"):
+            given, wanted = packets, matroska_blocks(path, film.index) if kind == "matroska" else len(table)
+        else:
+            raise ValueError(f"a lost end of this kind of file would go unseen; {REWRITE}")
+        if kind == "avi" and os.path.getsize(path) < 8 + int.from_bytes(head(path, 8)[4:], "little"):
+            raise ValueError("the file is shorter than it declares; it is truncated")
+        if given != wanted:
+            raise ValueError(f"{given} frames come out of the {wanted} it declares; it is damaged")
 
 
-@contextlib.contextmanager
-def decoder(path, plugin):
-    if not gc.get_freeze_count():
-        gc.freeze()  # imageio collects garbage at each close: 0.1 s, if torch's modules took part
-    # A file, not a path: imageio takes some paths for addresses or for zips.
-    with open(path, "rb") as raw, iio.imopen(raw, "r", plugin=plugin) as file:
-        yield file
+def upright(matrix):
+    """How players turn what a phone recorded lying.    display matrix or None -> function of (h, w, 3)"""
+    if matrix is None:
+        return lambda pixels: pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    lying = abs(b) > abs(a)
+    flip_x, flip_y = (c, b) if lying else (a, d)
+    steps = (slice(None, None, -1 if flip_y < 0 else 1), slice(None, None, -1 if flip_x < 0 else 1))
+    return lambda pixels: np.ascontiguousarray((pixels.swapaxes(0, 1) if lying else pixels)[steps])
 
 
-def stored_frames(path, plugin, **options):
-    with decoder(path, plugin) as file:
-        yield from file.iter(**options)
+def matroska_blocks(path, stream):
+    """Number of blocks (frames) of a stream of an mkv or webm, without decoding.    -> int
+
+    The file is a tree of elements: name, size, content. Leading zeros tell how long a name or a size is."""
+    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, end, tracks, blocks, names = 0, len(data), [], Counter(), None
+        while at < end:
+            start = at + 9 - data[at].bit_length()
+            name, at = data[at:start].hex(), start + 9 - data[start].bit_length()
+            size = int.from_bytes(data[start:at], "big") - (1 << 7 * (at - start))  # without its mark
+            if name == "18538067":  # the segment, in which all the others are
+                end = at + size
+                if end > len(data):
+                    raise ValueError(f"it is truncated, or declares no length; if it is whole, {REWRITE}")
+            elif name == "1f43b675":  # a cluster of blocks, and what else it may hold
+                names = "e7 a7 ab bf ec 5854 a3 a0 a1 9b fb fd fa a4 75a1 75a2".split()
+            elif names and len(name) < 8 and name not in names:
+                break
+            elif name not in ("1654ae6b", "ae", "a0"):  # they hold tracks or a block
+                if name == "d7":
+                    tracks.append(data[at + size - 1])
+                if name in ("a1", "a3"):  # a block, led by the number of its track
+                    blocks[data[at] - 128] += 1
+                at += size
+        if at != end:
+            raise ValueError("an element of the file is damaged")
+        return blocks[tracks[stream]]
 
 
-def container_count(path):
-    """Number of frames of an mp4, mov, avi, mkv or webm.
-
-    mp4 and mov keep an exact table. The others do not (avi also counts frames it dropped): there
-    the frames are counted, and the last must end where the container says that the video ends."""
-    try:
-        with decoder(path, "pyav") as file:
-            declared, exact = file.properties().n_images, head(path, 4) != b"RIFF"
-            return declared if declared and exact else count_to_the_end(file, declared)
-    except OSError as error:
-        silent = isinstance(error.__cause__, IndexError)
-        raise ValueError("no video stream in it, only audio or data" if silent else
-                         "no decoder knows it; it is truncated, or not a video") from error
-
-
-def count_to_the_end(file, declared):
-    about, times = file.metadata(), []
-    with contextlib.suppress(StopIteration):
-        while True:  # metadata() decodes the next frame, and leaves out the conversion to RGB
-            times.append(file.metadata(index=len(times), constant_framerate=False)["time"])
-    ends = [about.get("duration", 0), declared / about["fps"]]  # seconds
-    for clock in (value for key, value in about.items() if key.startswith("DURATION")):
-        hours, minutes, seconds = clock.split(":")
-        ends.append(3600 * int(hours) + 60 * int(minutes) + float(seconds))
-    if max(ends) == 0:
-        raise ValueError("it declares neither frames nor duration, so a lost end would go unseen; "
-                         "rewrite it with: ffmpeg -i IN -c copy OUT.mp4")
-    longest = max(np.diff(times), default=1 / about["fps"])  # seconds that a frame stays
-    if not times or max(ends) - times[-1] > 1.5 * longest:
-        raise ValueError(f"it ends after {len(times)} frames, before the {max(ends):.2f} seconds "
-                         "that it declares; it is truncated or damaged")
-    return len(times)
+def pictures(path, most=None):
+    """The pictures of a gif, or of any file of images, by Pillow.    path -> yields uint8 (h, w, 3)"""
+    with naming(printable(path)):
+        require_file(path)
+        with open(path, "rb") as raw, Image.open(raw) as image:
+            moving = image.format in ("GIF", "PNG", "WEBP", "TIFF")  # a stereo photograph is one picture
+            count = getattr(image, "n_frames", 1) if moving else 1
+            if image.format == "GIF" and count != gif_count(path.read_bytes()):
+                raise ValueError("pictures of the gif are missing; it is damaged")
+            if most and count > most:
+                raise ValueError("an animation among the frames of a folder; move it out")
+            for number in range(count):
+                image.seek(number)
+                shown = ImageOps.exif_transpose(image)
+                if shown.mode in ("I", "F"):
+                    raise ValueError(f"pixels of Pillow's mode {shown.mode}; wanted are 8 or 16 bits")
+                deep = shown.mode.startswith("I;16")  # 65535 = 255 * 257
+                yield rgb8((np.asarray(shown) / 257).round() if deep else np.asarray(shown.convert("RGB")))
 
 
-def gif_count(path):
-    with open(path, "rb") as raw:  # a complete gif ends with an empty block and a semicolon
-        raw.seek(-min(1024, path.stat().st_size), os.SEEK_END)
-        if not raw.read().rstrip(b"\0").endswith(b"\0;"):
-            raise ValueError("the gif has no end mark; it is truncated")
-    with decoder(path, "pillow") as file:
-        return file.properties(index=...).n_images
+def gif_count(data):
+    """Number of pictures in a gif, block by block, for Pillow takes a cut for the end.    bytes -> int
+
+    A gif that lacks its end mark alone, or bears a byte or zeros behind it, is whole. A cut exactly between
+    two pictures looks the same, and no reader can tell it."""
+    table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0  # bytes of a colour table
+    at, count, kind = 13 + table(data[10]), 0, 0x2C
+    while at < len(data) and data[at] != 0x3B:  # the end mark
+        kind = data[at]
+        if kind not in (0x21, 0x2C):
+            raise ValueError("a block of the gif is damaged")
+        count += kind == 0x2C  # a picture; 0x21 is an extension
+        at += 11 + table(data[at + 9]) if kind == 0x2C else 2
+        while data[at]:  # pieces of at most 255 bytes, each led by its length
+            at += 1 + data[at]
+        at += 1
+    if at == len(data) and kind != 0x2C or len(data[at + 1:].replace(b"\0", b"")) > 2:
+        raise ValueError("the gif has no end mark, or one too early; it is truncated or damaged")
+    return count
 
 
-def read_image(path):
-    require_file(path)
-    with naming(printable(path)), decoder(path, "pillow") as file:
-        return file.read()
+def folder_frames(folder):
+    """The images of a folder, in natural order.    path -> yields uint8 (h, w, 3)
 
-
-def frame_paths(folder):
-    """Images of a folder in natural order; numbers in their names must have one step."""
+    Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or a size.
+    Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
-    steps = np.diff([int(k[-1]) for path in paths if (k := re.findall("[0-9]+", path.stem))])
-    if len(steps) == len(paths) - 1 > 0:
+    digits = [re.findall("[0-9]+", path.stem) for path in paths]
+    if len(set(map(len, digits))) == 1 < len(paths) and digits[0]:
+        columns = list(zip(*digits))
+        varying = [column for column in columns if len(set(column)) > 1] or columns[-1:]
+        numbers = [int("".join(parts)) for parts in zip(*varying)]
+        steps = [after - before for before, after in zip(numbers, numbers[1:])]
+        usual = max(1, min(steps))
+        stamps = numbers[0] >= 10**9 or usual > 9 and math.gcd(*steps) != usual
         for step, before, after in zip(steps, paths, paths[1:]):
-            if step != max(steps.min(), 1):
+            if step < 1 or step != usual and not stamps:
                 raise ValueError(f"frames are missing or mixed: {printable(after.name)} follows "
                                  f"{printable(before.name)}")
-    return paths
+    for path in paths:
+        yield from pictures(path, most=1)
 
 
 def array_videos(path, name, scale):
@@ -292,18 +329,19 @@ def array_videos(path, name, scale):
         raise ValueError(f"an empty array of shape {array.shape}")
     if array.dtype.kind != "f" and array.dtype != np.uint8:
         raise ValueError(f"an array of {array.dtype}; save uint8 in 0..255, or float")
-    scale = (scale or float_scale(array)) if array.dtype.kind == "f" else None
+    scale = (scale or float_scale(array)) if array.dtype.kind == "f" else ()
     names = [name] if len(array) == 1 else [f"{name}[{i}]" for i in range(len(array))]
-    return [Video(name, clip.__len__, clip.__iter__, scale) for name, clip in zip(names, array)]
+    shown = partial(rgb8, scale=scale)
+    return [Video(name, partial(map, shown, clip), scale) for name, clip in zip(names, array)]
 
 
 def load_array(path):
     """The one array of videos in an .npy, .npz or .pt file; .npy and .pt are memory-mapped."""
-    zipped = head(path, 2) == b"PK"
+    start = head(path, 6)
     if path.suffix.lower() == ".pt":
         content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipped and path.name.isprintable())  # torch maps no odd names
-    elif zipped or head(path, 6) == b"\x93NUMPY":
+                             mmap=start[:2] == b"PK" and path.name.isprintable())  # torch maps no odd names
+    elif start[:2] == b"PK" or start == b"\x93NUMPY":
         content = np.load(path, mmap_mode="r", allow_pickle=False)
     else:
         raise ValueError("this is no NumPy file")
@@ -314,36 +352,47 @@ def load_array(path):
     array = arrays[0]
     if isinstance(array, torch.Tensor):
         array = (array.float() if array.dtype == torch.bfloat16 else array).detach().numpy()
+    if array.dtype.kind == "f" and (array.dtype.itemsize > 8 or not array.dtype.isnative):
+        array = array.astype(np.float32)  # torch has neither long double nor foreign byte orders
     return array
 
 
 def channels_last(array):
     """A view of one video or many.    -> (n, t, h, w, c)
 
-    Taken are (t, h, w) grey; (t, h, w, c), (c, t, h, w), (t, c, h, w); and (n, t, h, w, c),
-    (n, c, t, h, w), (n, t, c, h, w), with c = 1, 3 or 4, tried in this order."""
-    shape = tuple(array.shape)
-    if array.ndim == 3 and shape[-1] not in (1, 3, 4):
+    Taken are (t, h, w) grey; (t, h, w, c), (c, t, h, w), (t, c, h, w); and (n, t, h, w, c), (n, c, t, h, w),
+    (n, t, c, h, w). The last axis comes first, and among the others c = 3 before 1 before 4."""
+    view = array[None] if array.ndim == 4 else array
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         return array[None, ..., None]
-    array = array[None] if array.ndim == 4 else array
-    for axis in (4, 1, 2) if array.ndim == 5 else ():
-        if array.shape[axis] in (1, 3, 4):
-            return np.moveaxis(array, axis, -1)
-    raise ValueError(f"an array of shape {shape} is no video; save (t, h, w, c) or (n, t, h, w, c)")
+    for axis, c in [(4, 3), (4, 1), (4, 4), (1, 3), (2, 3), (1, 1), (2, 1), (1, 4), (2, 4)]:
+        if view.ndim == 5 and view.shape[axis] == c:
+            return np.moveaxis(view, axis, -1)
+    raise ValueError(f"shape {tuple(array.shape)} is no video's; save (t, h, w, c) or (n, t, h, w, c)")
 
 
 def float_scale(videos):
-    """What float pixels mean, by one rule for the whole file.    -> (0, 1) or (-1, 1)
+    """What the floats of a file mean: (0, 1) if all are within it, else (-1, 1). Raises ValueError.
 
-    All within [0, 1]: that is the scale. Else all within [-1, 1]: that one. Anything else is
-    refused. Rounding may step over the ends by 0.001, and is clipped."""
+    Rounding may step over the ends by 0.001, and is clipped."""
     finite = (video[np.isfinite(video)] for video in videos)  # read_frames names those with NaN
     ends = [end for video in finite if video.size for end in (video.min(), video.max())]
     low, high = min(ends, default=0), max(ends, default=0)
     if low < -1.001 or high > 1.001:
-        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; "
-                         "save 0..255 as uint8")
+        raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; save uint8")
     return (0, 1) if low >= -0.001 else (-1, 1)
+
+
+def rgb8(frame, scale=()):
+    """8-bit RGB of a frame of an array; alpha is dropped.    (h, w) or (h, w, 1..4) -> uint8 (h, w, 3)"""
+    if scale:
+        low, high = scale
+        if not np.isfinite(frame).all():
+            raise ValueError("it holds NaN or infinite values")
+        frame = ((frame.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255)
+    frame = frame if frame.ndim == 3 else frame[..., None]
+    frame = frame[..., :3] if frame.shape[-1] >= 3 else frame[..., :1].repeat(3, axis=-1)
+    return np.array(frame, dtype=np.uint8)
 
 
 # -----------------------------------------------------------------------------
@@ -444,11 +493,9 @@ class I3D(nn.Module):
 # -----------------------------------------------------------------------------
 # 3. Weights
 #
-# Two published files hold this network: a plain state dict and a TorchScript
-# program. TorchScript runs code when it is loaded, and half a download loads as
-# nothing at all, so a file is hashed before it is opened. Nothing is fetched
-# without --download. Other I3D files found in the wild (rgb_imagenet.pt,
-# model_rgb.pth) are another network, and their distances are not FVD.
+# Two published files hold this network: a state dict and a TorchScript program,
+# which runs code when it is loaded. So a file is hashed before it is opened.
+# Other I3D files (rgb_imagenet.pt, model_rgb.pth) are another network: not FVD.
 
 STATE_DICT = "i3d_pretrained_400.pt"
 STATE_DICT_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
@@ -456,33 +503,20 @@ STATE_DICT_GIT_SHA1 = "a867b87ac3a9097d200598b1d48a1b890d8ec744"  # git hash-obj
 TORCHSCRIPT = "i3d_torchscript.pt"
 TORCHSCRIPT_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-TORCHSCRIPT_BYTES = 51235320
 WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fvd", STATE_DICT)
 
 BY_HAND = f"""Get one of these two files and pass it as --weights FILE, or put the first one at {WEIGHTS} :
-  {STATE_DICT}, about 49 MB, from {STATE_DICT_URL}
-    `git hash-object FILE` must print {STATE_DICT_GIT_SHA1}
-  {TORCHSCRIPT}, {TORCHSCRIPT_BYTES} bytes, from {TORCHSCRIPT_URL}
-    its sha256 must be {TORCHSCRIPT_SHA256}
+  {STATE_DICT}, 49 MB, from {STATE_DICT_URL}, whose `git hash-object` is {STATE_DICT_GIT_SHA1}
+  {TORCHSCRIPT}, 51 MB, from {TORCHSCRIPT_URL}, whose sha256 is {TORCHSCRIPT_SHA256}
 Or let --download fetch the first, or score without weights by --features random."""
 
 
-def digest(path, algorithm="sha256", prefix=b""):
-    total = hashlib.new(algorithm, prefix)
-    with open(path, "rb") as raw:
-        while block := raw.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
 def published(path):
-    """Which published file this is, by size and hash: STATE_DICT, TORCHSCRIPT or None."""
-    size = os.path.getsize(path)
-    if size == TORCHSCRIPT_BYTES and digest(path) == TORCHSCRIPT_SHA256:
-        return TORCHSCRIPT
-    if digest(path, "sha1", prefix=b"blob %d\0" % size) == STATE_DICT_GIT_SHA1:
+    """Which published file this is, by its hash: STATE_DICT, TORCHSCRIPT or None."""
+    data = Path(path).read_bytes()
+    if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == STATE_DICT_GIT_SHA1:
         return STATE_DICT
-    return None
+    return TORCHSCRIPT if hashlib.sha256(data).hexdigest() == TORCHSCRIPT_SHA256 else None
 
 
 class TorchScriptI3D(nn.Module):
@@ -503,9 +537,8 @@ def load_i3d(path, allow_unknown=False):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such file of weights. {BY_HAND}")
     if published(path) is None and not allow_unknown:
-        raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have the hash of neither "
-                         f"published file, so it is truncated or another network; "
-                         f"--allow-unknown-weights takes it all the same. {BY_HAND}")
+        raise ValueError(f"{path}: its {os.path.getsize(path)} bytes have no published hash: truncated, or "
+                         f"another network; --allow-unknown-weights takes it all the same. {BY_HAND}")
     if zipfile.is_zipfile(path) and any("/code/" in k for k in zipfile.ZipFile(path).namelist()):
         return TorchScriptI3D(path)
     net = I3D()
@@ -534,20 +567,13 @@ def random_i3d(seed=0):
 
 
 def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
-    """Fetch the state dict beside `path`, verify it, move it there.    -> path
-
-    An intact file that is there already is left alone. Raises ValueError."""
-    path = Path(path)
-    if path.exists() and published(path) == STATE_DICT:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Fetch the state dict, verify it, move it to `path`, unless it is there already. Raises ValueError."""
+    if os.path.exists(path) and published(path) == STATE_DICT:
+        return
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as out:
-            total = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 16):
-                    bar.update(out.write(block))
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
         if published(part) != STATE_DICT:
             raise ValueError(f"{url}: what came is not {STATE_DICT}: cut off, or a proxy's page. {BY_HAND}")
         os.replace(part, path)
@@ -555,7 +581,6 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
         raise ValueError(f"{url}: the download failed ({error}). {BY_HAND}") from error
     finally:
         part.unlink(missing_ok=True)
-    return path
 
 
 # -----------------------------------------------------------------------------
@@ -567,10 +592,10 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
 #     source = destination * in / out                        (tf1)
 #     source = (destination + 1/2) * in / out - 1/2          (half-pixel)
 #
-# `standard` is half-pixel and [-1, 1]. `paper` is what the code of [3] does:
-# tf1, and [0, 1], because its line 2 x - 1 is commented out.
+# `standard` is half-pixel and [-1, 1], as most PyTorch code; `original` is the
+# code of [1]. `paper` is the code of [3], whose line 2 x - 1 is commented out.
 
-PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "paper": ("tf1", (0, 1))}
+PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "original": ("tf1", (-1, 1)), "paper": ("tf1", (0, 1))}
 
 
 def resize_tf1(x, size=224):
@@ -591,6 +616,9 @@ def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
     """Frames as I3D takes them.    clip uint8 (t, h, w, 3) -> float (3, t, 224, 224)
 
     Needs: resize_tf1."""
+    clip = torch.as_tensor(clip)
+    if clip.dtype != torch.uint8 or clip.ndim != 4:
+        raise ValueError(f"a clip is uint8 (t, h, w, 3) in 0..255, not {clip.dtype} {tuple(clip.shape)}")
     x = clip.permute(0, 3, 1, 2).float()                        # (t, 3, h, w)
     if resize == "tf1":
         x = resize_tf1(x)
@@ -601,29 +629,20 @@ def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
 
 
 @torch.no_grad()
-def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu", bfloat16=False):
+def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8, device="cpu"):
     """Features of clips, batch by batch.    iterable of uint8 (t, h, w, 3) -> float64 (n, d)
 
-    `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes,
-    so memory does not grow with n. Float32 throughout, even within an autocast, unless `bfloat16`.
-    Needs: preprocess, resize_tf1."""
-    clips, features = iter(clips), []
-    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16)
-    with precision, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
+    `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes, so memory
+    does not grow with n. Float clips (3, t, 224, 224) have been preprocessed. Float32 throughout, even within
+    an autocast. Needs: preprocess, resize_tf1."""
+    clips, features = iter(clips), [torch.empty(0)]
+    exact = torch.autocast(torch.device(device).type, enabled=False)
+    with exact, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
         while group := [torch.as_tensor(clip) for _, clip in zip(range(batch), clips)]:
-            if any(clip.dtype != torch.uint8 or clip.ndim != 4 for clip in group):
-                raise ValueError("a clip is uint8 (t, h, w, 3) in 0..255")
-            x = [preprocess(clip.to(device), resize, value_range) for clip in group]
-            features.append(net(torch.stack(x)).double().cpu())  # (batch, d)
-    return torch.cat(features) if features else torch.empty(0, 400, dtype=torch.float64)
-
-
-def windows(length, frames, clips=1, window="random", rng=None):
-    """Starts of at most `clips` different windows, none if the video is too short.    -> list"""
-    if window == "first":
-        return list(range(0, length - frames + 1, frames))[:clips]
-    starts = max(length - frames + 1, 0)
-    return sorted(rng.choice(starts, min(clips, starts), replace=False).tolist())
+            x = [clip if clip.dtype == torch.float32 else preprocess(clip.to(device), resize, value_range)
+                 for clip in group]
+            features.append(net(torch.stack(x).to(device)).cpu().double())  # (batch, d)
+    return torch.cat(features[1:] or features)
 
 
 # -----------------------------------------------------------------------------
@@ -633,24 +652,22 @@ def windows(length, frames, clips=1, window="random", rng=None):
 #
 #     d^2 = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 #
-# A matrix square root of S1 S2 is fragile, for the product is neither symmetric
-# nor of full rank. With S = A^T A, where A holds the centred features over
-# sqrt(n - 1), the last trace is the nuclear norm (the sum of the singular
-# values) of A1 A2^T: real, exact, and S itself is never formed. If n > d, the
-# triangle of A = QR takes A's place, because R^T R = A^T A too.
+# With S = A^T A, where A holds the centred features over sqrt(n - 1), the last
+# trace is the nuclear norm (the sum of the singular values) of A1 A2^T: real and
+# exact, unlike a root of S1 S2. If n > d, the triangle of A = QR takes A's place.
 
 def frechet_distance(a, b):
     """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
 
-    Tensors or arrays; n and m at least 2. The fewer there are, the higher the distance of two
-    samples of one distribution: compare numbers of equal n only."""
+    Tensors or arrays; n and m at least 2. The fewer there are, the higher the distance of two samples of one
+    distribution: compare numbers of equal n only."""
     means, roots = [], []
-    for x in (torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()):
+    for x in (torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()):
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"a covariance needs features (n >= 2, d), not {tuple(x.shape)}")
         if not x.isfinite().all():
             rows = (~x.isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"the features of videos {rows[:10]} are NaN or infinite")
+            raise ValueError(f"the features of clips {rows[:10]} are NaN or infinite")
         means.append(x.mean(0))
         root = (x - means[-1]) / (len(x) - 1) ** 0.5            # (n, d)
         roots.append(torch.linalg.qr(root).R if len(x) > x.shape[1] else root)
@@ -663,7 +680,7 @@ def kernel_distance(a, b):
     """Unbiased squared MMD, kernel (x.y / d + 1)^3 [1, 4].    a (n, d), b (m, d) -> float
 
     KVD, if the features are I3D's. Its mean is 0 for two samples of one distribution, at any n."""
-    a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
+    a, b = torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3       # (n, m)
     def within(x):  # mean over pairs of different videos
         k = kernel(x, x)
@@ -671,134 +688,103 @@ def kernel_distance(a, b):
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 
-def bootstrap_std(a, b, rounds, seed=0):
-    """Spread of frechet_distance over resamples with replacement.    a (n, d), b (m, d) -> float
-
-    Needs: frechet_distance."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
-    values = [frechet_distance(draw(a), draw(b)) for _ in tqdm(range(rounds), desc="bootstrap")]
-    return torch.tensor(values).std().item()
-
-
 # -----------------------------------------------------------------------------
 # 6. Scoring a set
 #
-# Videos are decoded by two threads ahead of the network (decoders release the
-# GIL), in order, and a bounded number of them waits: memory is constant in the
-# number of videos. Damaged and short videos are set aside with their reasons.
+# Two threads decode videos ahead of the network, in order, and a bounded number
+# waits. Frames are brought to 224 x 224 as they come. So memory grows neither
+# with the number nor with the size of videos.
 
-def decode_ahead(jobs, waiting, workers=2):
-    """Results of callables run in threads, in order, at most `waiting` of them ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        queue = deque()
-        for job in jobs:
-            queue.append(pool.submit(job))
-            if len(queue) > waiting:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+def cut_clips(video, frames, clips, window, protocol, rng):
+    """Windows of a video, decoded once.    -> list of float (3, t, 224, 224), "WxH". Raises UnreadableVideo
 
-
-def cut_clips(video, frames, clips, window, rng):
-    """Decode one video whole, keep its windows.    -> (video, list of (t, h, w, 3), problem)"""
-    try:
-        with naming(video.name):
-            starts = windows(video.count(), frames, clips, window, rng)
-        cut = [[] for _ in starts]
-        for k, frame in enumerate(read_frames(video) if starts else ()):
-            for start, clip in zip(starts, cut):
-                if start <= k < start + frames:
-                    clip.append(frame)
-        return video, [np.stack(clip) for clip in cut], None
-    except UnreadableVideo as error:
-        return video, [], error
+    The length is known at the end only. So window k takes one of the `clips` places with probability
+    clips / (k + 1): at the end all windows were equally likely."""
+    chosen, growing = {}, deque()
+    for k, frame in enumerate(read_frames(video)):
+        if window == "random":
+            place = k if k < clips else int(rng.integers(k + 1))
+        else:
+            place = k // frames if k % frames == 0 else clips
+        if place < clips:
+            growing.append((place, []))
+        if growing:
+            small = preprocess(frame[None], *PROTOCOLS[protocol])  # (3, 1, 224, 224)
+            for _, parts in growing:
+                parts.append(small)
+            if len(growing[0][1]) == frames:
+                place, parts = growing.popleft()
+                chosen[place] = parts
+    if not chosen:
+        raise UnreadableVideo(video.name, f"shorter than --frames {frames}; 9 is the least that I3D takes")
+    return [torch.cat(parts, dim=1) for parts in chosen.values()], "{1}x{0}".format(*frame.shape)
 
 
-def clip_jobs(root, seed, scale, progress, **cutting):
-    """cut_clips as a callable for each video below `root`; opening happens on the way."""
-    index = 0
-    for source in find_videos(root):
-        try:
-            videos = open_videos(source, scale)
-        except UnreadableVideo as error:
-            yield lambda error=error: (None, [], error)
-            continue
-        progress.total += len(videos) - 1
-        for video in videos:
-            rng, index = np.random.default_rng([seed, index]), index + 1
-            yield partial(cut_clips, video, rng=rng, **cutting)
-
-
-def measure(root, net, frames=16, clips=1, window="random", seed=0, scale=None, batch=8, **options):
+def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, **cutting):
     """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
 
-    `options` are the other arguments of video_features. Raises ValueError; single videos that are
-    damaged or short do not raise, they are listed in the facts."""
-    facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(),
-             "values": Counter(), "compressed": 0, "too_short": [], "unreadable": []}
-    names = []
+    `cutting` are settings of cut_clips. Damaged and short videos are named on stderr and left out. Raises
+    ValueError if too few are left, or if any was left out and `strict`."""
+    sources, left_out = find_videos(root), []
+    facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(), "values": Counter(),
+             "compressed": 0, "left_out": left_out}
+    if scale is None:
+        check_floats(sources)
 
-    def usable_clips(jobs, progress):
-        for video, cut, problem in decode_ahead(jobs, waiting=batch):
+    def begun():
+        with ThreadPoolExecutor(2) as pool:
+            for i, source in enumerate(sources):
+                try:
+                    for j, video in enumerate(open_videos(source, scale)):
+                        rng = np.random.default_rng([seed, i, j])
+                        yield video, pool.submit(cut_clips, video, rng=rng, **cutting)
+                except UnreadableVideo as error:
+                    left_out.append([error.name, error.reason])
+
+    def usable():
+        begin, waiting = begun(), deque()
+        progress = tqdm(desc=facts["path"][-30:], unit=" videos")
+        while waiting.extend(islice(begin, batch + 1 - len(waiting))) or waiting:
+            video, job = waiting.popleft()
             progress.update()
-            if problem:
-                facts["unreadable"].append([problem.name, problem.reason])
-            elif not cut:
-                facts["too_short"].append(video.name)
-            else:
-                facts["videos"] += 1
-                facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
-                facts["resolutions"]["{2}x{1}".format(*cut[0].shape)] += 1
-                facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
-            for clip in cut:
-                names.append(video.name)
-                yield clip
+            try:
+                cut, size = job.result()
+            except UnreadableVideo as error:
+                left_out.append([error.name, error.reason])
+                continue
+            facts["videos"] += 1
+            facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
+            facts["resolutions"][size] += 1
+            facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
+            yield from cut
 
-    with tqdm(total=len(find_videos(root)), desc=facts["path"][-30:], unit="video") as progress:
-        jobs = clip_jobs(root, seed, scale, progress, frames=frames, clips=clips, window=window)
-        features = video_features(usable_clips(jobs, progress), net, batch=batch, **options)
+    features = video_features(usable(), net, batch=batch, device=device)
     facts["clips"] = len(features)
-    wrong = {name for name, row in zip(names, features) if not row.isfinite().all()}
-    if wrong:
-        raise ValueError(f"the features of {', '.join(sorted(wrong)[:5])} are NaN or infinite; "
-                         "are the weights intact?")
-    if sum(values != "uint8" for values in facts["values"]) > 1:
-        raise ValueError(f"{facts['path']}: some of its float arrays look like [0, 1] and some like "
-                         "[-1, 1]; say which it is by --floats")
+    for name, reason in left_out:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if strict and left_out or len(features) < 2:
+        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, which --strict forbids, or "
+                         f"of which too few remain: a covariance needs 2 clips, not {len(features)}")
     return features, facts
 
 
-def fingerprint(root, settings):
-    """Hash of the settings and of the names and bytes of a set of videos.    -> hex"""
-    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for source in find_videos(root):
-        files = sorted(source.iterdir()) if source.is_dir() else [source]
-        for file in filter(Path.is_file, files):
-            total.update(f"{printable(os.path.relpath(file, root))} {digest(file)}\n".encode())
-    return total.hexdigest()
-
-
-def cached(path, root, settings, compute):
-    """compute(), or what it returned when `path` was written for the same data and settings."""
-    key = fingerprint(root, settings)
-    if os.path.exists(path):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found, facts = str(file["fingerprint"]), json.loads(str(file["facts"]))
-                features = torch.from_numpy(file["features"])
-        except Exception as error:  # whatever a file that is no cache makes numpy raise
-            raise ValueError(f"{path}: this is no cache of features; name another") from error
-        if found != key:
-            raise ValueError(f"{path}: this cache is of other videos, settings or weights; "
-                             "delete it or name another")
-        return features, facts
-    features, facts = compute()
+def save_features(path, features, **descriptions):
+    """Write the features of a set, whole or not at all, and what describes them."""
     part = f"{path}.{os.getpid()}.part"
     with open(part, "wb") as out:
-        np.savez(out, fingerprint=key, facts=json.dumps(facts), features=features.numpy())
+        np.savez(out, features=features.numpy(), **{k: json.dumps(v) for k, v in descriptions.items()})
     os.replace(part, path)
-    return features, facts
+
+
+def saved_features(path, settings):
+    """What save_features wrote, or None if this is another file.    -> (n, d), facts. Raises ValueError"""
+    if Path(path).suffix == ".npz" and zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as file:
+            if "settings" in file:
+                saved = json.loads(str(file["settings"]))
+                for name in (name for name in settings if saved[name] != settings[name]):
+                    raise ValueError(f"{path}: made with {name} {saved[name]}, not {settings[name]}")
+                return torch.from_numpy(file["features"]), json.loads(str(file["facts"]))
 
 
 # -----------------------------------------------------------------------------
@@ -808,141 +794,87 @@ RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
 
 
 def parse(argv):
-    def at_least(low, why=""):
-        def number(text):
-            if not text.isdecimal() or int(text) < low:
-                raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}{why}")
-            return int(text)
-        return number
-
     parser = argparse.ArgumentParser(
-        description="Frechet Video Distance of two sets of videos: folders of videos, arrays "
-                    "(n, t, h, w, c) or (n, c, t, h, w), or folders of images.")
-    add = parser.add_argument
-    add("real", help="folder or file of real videos")
+        description="Frechet Video Distance of two sets of videos: folders of videos, arrays (n, t, h, w, c) "
+        "or (n, c, t, h, w), or folders of images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    add("real", help="folder or file of real videos, or what --save-features wrote")
     add("fake", help="folder or file of generated videos")
-    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, "
-        "[-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models (%(default)s)")
-    add("--resize", choices=["half-pixel", "tf1"], help="override the protocol's resize to 224x224")
-    add("--range", choices=RANGES, help="override the protocol's range into I3D: [-1, 1] or [0, 1]")
-    add("--floats", choices=RANGES, help="what float arrays hold: [-1, 1] or [0, 1] (by default: "
-        "[0, 1] if all the file's values are within it, else [-1, 1], else refused)")
-    add("--frames", type=at_least(9, ": I3D halves time three times and then pools two steps, so "
-        "8 frames leave nothing"), default=16, metavar="T", help="of a clip, 9 or more (%(default)s)")
-    add("--clips-per-video", type=at_least(1), default=1, metavar="K", help="(%(default)s)")
-    add("--window", choices=["random", "first"], default="random", help="(%(default)s)")
-    add("--seed", type=at_least(0), default=0, help="of windows and bootstrap (%(default)s)")
-    add("--features", choices=["i3d", "random"], default="i3d", help="random: I3D with random "
-        "weights, for FD-random instead of FVD (%(default)s)")
-    add("--weights", metavar="FILE", help=f"{STATE_DICT} or {TORCHSCRIPT} ({WEIGHTS} if it exists)")
-    add("--allow-unknown-weights", action="store_true", help="take weights of unknown hash; a "
-        "TorchScript file runs its code")
-    add("--download", action="store_true", help=f"fetch {STATE_DICT} to {WEIGHTS} if missing")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--batch", type=at_least(1), default=8, metavar="N", help="clips at a time (%(default)s)")
-    add("--bfloat16", action="store_true", help="run I3D in bfloat16 (float32)")
-    add("--cache", metavar="FILE", help="keep the features of REAL in this .npz")
-    add("--bootstrap", type=at_least(2), metavar="K", help="spread over K resamples")
+    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, [-1, 1]; "
+        "original: TF1 resize, [-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models")
+    add("--floats", choices=RANGES, help="float arrays hold [-1, 1] or [0, 1]; without it, a file within "
+        "[0, 1] is taken for that, else for [-1, 1], and files that differ are refused")
+    add("--frames", type=int, default=16, metavar="T", help="of a clip, at least 9")
+    add("--clips-per-video", type=int, default=1, metavar="K", help="at most")
+    add("--window", choices=["random", "first"], default="random", help="which frames of a video")
+    add("--seed", type=int, default=0, help="of the windows")
+    add("--features", choices=["i3d", "random"], default="i3d", help="random: FD-random instead of FVD")
+    add("--weights", metavar="FILE", default=WEIGHTS, type=Path, help=f"{STATE_DICT} or {TORCHSCRIPT}")
+    flag("--allow-unknown-weights", help="take weights of unknown hash; a TorchScript file runs its code")
+    flag("--download", help=f"fetch {STATE_DICT} to the place of --weights if it is missing")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of I3D")
+    add("--batch", type=int, default=8, metavar="N", help="clips at a time")
+    add("--save-features", metavar="FILE.npz", help="keep the features of REAL, to stand for it next time")
     add("--json", metavar="FILE", help="write the result here as well")
-    add("--strict", action="store_true", help="unreadable or short videos are an error")
-    return parser.parse_args(argv)
-
-
-def choose_network(args):
-    """I3D as the arguments want it.    -> module, its description, its hash, warnings"""
-    if args.features == "random":
-        if args.weights or args.download:
-            raise ValueError("--features random uses no weights: leave out --weights and --download")
-        return random_i3d(), "I3D with random weights (seed 0)", "random 0", []
-    path = args.weights or (download_weights() if args.download else WEIGHTS)
-    net = load_i3d(path, args.allow_unknown_weights)
-    known = published(path)
-    return net, f"I3D, {known or path}", digest(path), [] if known else [
-        f"the weights {path} are not a published file: the number may not be FVD"]
-
-
-def compare(real, fake):
-    """Warnings about two sets that are not on equal terms.    facts, facts -> list of str"""
-    warnings = []
-    if real["clips"] != fake["clips"]:
-        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}: the bias of "
-                        "a small set does not cancel; compare only numbers of the same two sizes")
-    if set(real["resolutions"]) != set(fake["resolutions"]):
-        warnings.append("unequal resolutions: resizing alone raises the distance")
-    if fake["compressed"]:
-        warnings.append("FAKE is compressed video, which raises the distance; score arrays instead")
-    return warnings
+    flag("--strict", help="unreadable or short videos are an error")
+    args = parser.parse_args(argv)
+    for name, low in (("frames", 9), ("clips_per_video", 1), ("seed", 0), ("batch", 1)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}"
+                         + " (I3D halves time three times, and then pools two steps)" * (name == "frames"))
+    return args
 
 
 def run(args):
     """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
-    for file in map(Path, filter(None, (args.json, args.cache))):
+    save, warnings, names = args.save_features, [], ("FVD", "KVD")
+    for file in map(Path, filter(None, (args.json, save))):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
-    if args.cache and Path(args.real).resolve() in Path(args.cache).resolve().parents:
-        raise ValueError(f"--cache {args.cache} lies in REAL and would be taken for a video")
+    if save and (not save.endswith(".npz") or Path(args.real).resolve() in Path(save).resolve().parents):
+        raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL")
     for root in (args.real, args.fake):
         find_videos(root)
+    if args.features == "random":
+        net, network, names = random_i3d(), "I3D with random weights (seed 0)", ("FD-random", "KD-random")
+    else:
+        if args.download:
+            download_weights(args.weights)
+        net, network = load_i3d(args.weights, args.allow_unknown_weights), published(args.weights)
+        if network is None:
+            network = f"unknown, sha256 {hashlib.sha256(args.weights.read_bytes()).hexdigest()}"
+            warnings.append(f"the weights {args.weights} are not a published file: the number may not be FVD")
+    settings = {name: getattr(args, name) for name in ("frames", "window", "seed", "protocol")}
+    settings["clips"] = args.clips_per_video
+    score = partial(measure, net=net.to(args.device), scale=RANGES.get(args.floats), batch=args.batch,
+                    device=args.device, strict=args.strict, **settings)
+    settings["network"] = network
+    a, real = saved_features(args.real, settings) or score(args.real)
+    if save:
+        save_features(save, a, facts=real, settings=settings)
+    b, fake = score(args.fake)
+    warnings.append("small sets score high: two samples of one Gaussian in 400 dimensions are 552 apart at "
+                    "N = 64, 81 at N = 1000; compare numbers of equal N only")
+    if real["clips"] != fake["clips"]:
+        warnings.append(f"unequal numbers of clips, {real['clips']} and {fake['clips']}")
+    if set(real["resolutions"]) != set(fake["resolutions"]):
+        warnings.append("unequal resolutions: resizing alone raises the distance")
+    if fake["compressed"]:
+        warnings.append("FAKE is compressed video, which raises the distance; score arrays instead")
     resize, value_range = PROTOCOLS[args.protocol]
-    resize = args.resize or resize
-    value_range = RANGES[args.range] if args.range else value_range
-    named = (resize, value_range) == PROTOCOLS[args.protocol]
-    net, network, weights, warnings = choose_network(args)
-    try:
-        torch.zeros(1, device=args.device)
-        net.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here; try --device cpu") from error
-    settings = {"frames": args.frames, "clips": args.clips_per_video, "window": args.window,
-                "seed": args.seed, "scale": RANGES.get(args.floats), "resize": resize,
-                "value_range": value_range, "bfloat16": args.bfloat16}
-    options = dict(settings, batch=args.batch, device=args.device)
-    compute = partial(measure, args.real, net, **options)
-    stamp = {**settings, "weights": weights}
-    a, real = cached(args.cache, args.real, stamp, compute) if args.cache else compute()
-    report_left_out(real, args)
-    b, fake = measure(args.fake, net, **options)
-    report_left_out(fake, args)
-    fvd, kvd = ("FVD", "KVD") if args.features == "i3d" else ("FD-random", "KD-random")
-    result = {"metric": fvd, "value": frechet_distance(a, b), "kernel_metric": kvd,
-              "kernel_value": kernel_distance(a, b), "network": network,
-              "protocol": args.protocol if named else "custom", "resize": resize,
-              "range": value_range, "frames": args.frames, "window": args.window,
-              "seed": args.seed, "real": real, "fake": fake,
-              "warnings": warnings + compare(real, fake)}
-    if args.bootstrap:
-        result["bootstrap_std"] = bootstrap_std(a, b, args.bootstrap, args.seed)
-    return result
-
-
-def report_left_out(facts, args):
-    short = facts["too_short"]
-    for name, reason in facts["unreadable"]:
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    if short:
-        print(f"left out: {len(short)} videos shorter than --frames {args.frames} (9 is the least "
-              f"that I3D takes), such as {short[0]}", file=sys.stderr)
-    if args.strict and (short or facts["unreadable"]):
-        raise ValueError(f"{facts['path']}: videos were left out, and --strict forbids it")
-    if facts["clips"] < 2:
-        raise ValueError(f"{facts['path']}: {facts['clips']} usable clips, and a covariance needs 2 or "
-                         f"more ({len(facts['unreadable'])} unreadable, {len(short)} short videos)")
+    return {"metric": names[0], "value": frechet_distance(a, b), "kernel_metric": names[1],
+            "kernel_value": kernel_distance(a, b), **settings, "resize": resize, "range": list(value_range),
+            "real": real, "fake": fake, "warnings": warnings}
 
 
 def show(result):
-    spread = f" +- {result['bootstrap_std']:.4g} (bootstrap)" if "bootstrap_std" in result else ""
-    print(f"{result['metric']} {result['value']:.6g}{spread}")
-    print(f"{result['kernel_metric']} {result['kernel_value']:.6g}")
-    print(f"  protocol  {result['protocol']}: {result['resize']} resize to 224x224, range "
-          f"{list(result['range'])}, {result['window']} windows of {result['frames']} frames, "
-          f"seed {result['seed']}")
-    print(f"  network   {result['network']}")
-    for side in ("real", "fake"):
-        facts = result[side]
-        print(f"  {side}      {facts['videos']} videos, {facts['clips']} clips, "
-              f"{', '.join(facts['resolutions'])}, {', '.join(facts['values'])}: {facts['path']}")
-    print("  bias      small sets score high: two samples of one unit Gaussian in 400 dimensions are\n"
-          "            552 apart at N = 64, 81 at N = 1000; compare numbers of equal N only")
+    print(f"{result['metric']} {result['value']:.6g}\n{result['kernel_metric']} {result['kernel_value']:.6g}")
+    for name in ("network", "protocol", "resize", "range", "frames", "clips", "window", "seed"):
+        print(f"  {name:9} {result[name]}")
+    for name in ("real", "fake"):
+        facts = result[name]
+        values = ", ".join([*facts["resolutions"], *facts["values"]])
+        print(f"  {name:9} {facts['videos']} videos, {facts['clips']} clips, {values}: {facts['path']}")
     for warning in result["warnings"]:
         print(f"  warning   {warning}")
 
@@ -951,17 +883,18 @@ def main(argv=None):
     args = parse(argv)
     try:
         result = run(args)
-        show(result)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        show(result)
     except (ValueError, OSError) as error:
         print(f"fvd.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # torch's: out of memory, or unknown weights of another kind
-        print(f"fvd.py: {str(error).splitlines()[0]} (for memory, lower --batch)", file=sys.stderr)
+    except (RuntimeError, AssertionError) as error:  # torch's
+        print(f"fvd.py: {str(error).splitlines()[0]} (lower --batch, or try --device cpu)", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console of Windows has no letter for many a path
     sys.exit(main())

@@ -1,11 +1,14 @@
 """The metric: the network by golden numbers, the distance by theorems, the command by vandalism."""
-import ast
+import hashlib
 import inspect
 import json
+import os
+import pathlib
 import socket
+import subprocess
 import sys
-import threading
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -21,28 +24,9 @@ def normal(n, d, seed=0):
 
 # ------------------------------------------------------------------ I3D
 
-def golden_i3d():
-    """I3D with the weights of the golden numbers, drawn by numpy alone."""
-    rng, net = np.random.RandomState(0), fvd.I3D()
-    state = {}
-    for name, tensor in sorted(net.state_dict().items()):
-        shape = tuple(tensor.shape)
-        if name.endswith("conv3d.weight"):
-            value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])) * 0.6
-        elif name.endswith("bn.weight"):
-            value = np.ones(shape)
-        elif name.endswith("running_var"):
-            value = rng.uniform(0.05, 1.5, shape)
-        else:
-            value = rng.standard_normal(shape) * 0.1
-        state[name] = torch.from_numpy(value.astype(np.float32))
-    net.load_state_dict(state)
-    return net
-
-
 @pytest.fixture(scope="module")
 def golden_net():
-    return golden_i3d()
+    return fvd.random_i3d(seed=0)
 
 
 # Computed with the original TensorFlow graph of I3D, deepmind/i3d-kinetics-400/1, and these weights.
@@ -66,13 +50,6 @@ def test_i3d_has_the_tensors_of_the_published_state_dict(golden_net):
     assert sum(p.numel() for p in golden_net.parameters()) == 12697264
     assert state["Mixed_4e.b1b.conv3d.weight"].shape == (288, 144, 3, 3, 3)
     assert state["logits.conv3d.bias"].shape == (400,)
-
-
-def test_random_i3d_is_the_same_everywhere(golden_net):
-    ours, wanted = fvd.random_i3d(seed=0).state_dict(), golden_net.state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
-    assert not torch.equal(fvd.random_i3d(seed=1).state_dict()["logits.conv3d.bias"],
-                           wanted["logits.conv3d.bias"])
 
 
 def test_i3d_refuses_eight_frames_and_takes_nine(golden_net):
@@ -127,20 +104,13 @@ def test_half_pixel_resize_samples_between_pixel_centres():
     assert torch.allclose(row, wanted, atol=1e-5)
 
 
-def test_the_two_resizes_differ_by_36_grey_levels_on_noise():
-    clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    tf1, half = (fvd.preprocess(clip, resize, (0, 255)) for resize in ("tf1", "half-pixel"))
-    assert 30 < (tf1 - half).abs().mean() < 42
-
-
 def test_protocols_differ_in_resize_and_range():
     clip = torch.tensor([0, 255], dtype=torch.uint8)[None, None, :, None].expand(9, 2, 2, 3)
-    for name, low in (("standard", -1), ("paper", 0)):
-        x = fvd.preprocess(clip, *fvd.PROTOCOLS[name])
-        assert x.shape == (3, 9, 224, 224)
-        assert (x.min().item(), x.max().item()) == pytest.approx((low, 1), abs=1e-6)
-    row = fvd.preprocess(clip, "tf1", (0, 1))[0, 0, 0]
-    assert torch.allclose(row, (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
+    rows = {name: fvd.preprocess(clip, *fvd.PROTOCOLS[name])[0, 0, 0] for name in fvd.PROTOCOLS}
+    assert torch.allclose(rows["paper"], (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
+    assert torch.allclose(rows["original"], 2 * rows["paper"] - 1, atol=1e-6)
+    assert rows["standard"][0] == -1
+    assert torch.allclose(rows["standard"], -rows["standard"].flip(0), atol=1e-6)
 
 
 class Pixels(nn.Module):
@@ -161,33 +131,19 @@ def test_features_do_not_depend_on_the_batch():
     assert torch.allclose(one, fvd.video_features(torch.from_numpy(clips), Pixels()), atol=1e-7)
 
 
-def test_features_are_taken_batch_by_batch():
-    alive = []
-    def clips():
-        for k in range(9):
-            alive.append(k)
-            yield noise(1)[0]
-    class Watching(Pixels):
+def test_features_are_exact_even_within_an_autocast():
+    class Product(nn.Module):
         def forward(self, x):
-            assert len(x) == 3 and alive[-1] % 3 == 2
-            return super().forward(x)
-    fvd.video_features(clips(), Watching(), batch=3)
-    assert len(alive) == 9
-
-
-def test_bfloat16_is_used_only_when_asked():
-    class Dtype(nn.Module):
-        def forward(self, x):
-            return (x.flatten(1)[:, :4] @ torch.ones(4, 4)).mul(0) + (x.new_ones(1, 4) @ x.new_ones(4, 4) / 3)
+            return x.new_ones(len(x), 4) @ x.new_ones(4, 4) / 3
     with torch.autocast("cpu", torch.bfloat16):
-        exact = fvd.video_features(noise(2), Dtype())
-        rounded = fvd.video_features(noise(2), Dtype(), bfloat16=True)
-    assert (exact - 4 / 3).abs().max() < 1e-6 < 1e-4 < (rounded - 4 / 3).abs().max()
+        assert (fvd.video_features(noise(2), Product()) - 4 / 3).abs().max() < 1e-6
 
 
-def test_float_clips_are_refused_by_the_features():
-    with pytest.raises(ValueError, match="uint8"):
-        fvd.video_features(noise(2) / 255, Pixels())
+def test_other_clips_than_bytes_are_refused_by_the_features(golden_net):
+    with pytest.raises(ValueError):
+        fvd.video_features(noise(2) / 255, golden_net)
+    with pytest.raises(ValueError):
+        fvd.video_features(torch.from_numpy(noise(2)).float(), golden_net)
 
 
 # ------------------------------------------------------------------ distances
@@ -199,26 +155,13 @@ def whitened(n, d, seed):
     return (q - q.mean(0)) * (n - 1) ** 0.5
 
 
-def other_form(a, b):
-    """Frechet distance by the eigenvalues of S1^(1/2) S2 S1^(1/2)."""
-    s1, s2 = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = root @ s2 @ root
-    cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
-
-
 @pytest.mark.parametrize("n, d", [(2, 400), (50, 400), (400, 400), (401, 400), (900, 400), (500, 20)])
 def test_distance_of_identical_sets_is_zero(n, d):
     x = normal(n, d) * torch.linspace(0, 3, d) + 5
     assert fvd.frechet_distance(x, x) < 1e-9
     assert fvd.frechet_distance(x, x.flip(0)) < 1e-9
-
-
-def test_distance_of_identical_sets_without_full_rank_is_zero():
-    x = normal(900, 30) @ normal(30, 400, seed=1)
-    assert fvd.frechet_distance(x, x) < 1e-9 * x.var(0).sum()
+    low = x @ normal(d, d // 10 or 1, 1) @ normal(d // 10 or 1, d, 2)  # without full rank
+    assert fvd.frechet_distance(low, low) < 1e-9 * low.var(0).sum()
 
 
 @pytest.mark.parametrize("n, m, d", [(300, 500, 40), (60, 900, 50), (60, 70, 50), (55, 60, 54)])
@@ -229,13 +172,6 @@ def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
     a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
     wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
     assert abs(fvd.frechet_distance(a, b) / wanted - 1) < 1e-8
-
-
-@pytest.mark.parametrize("n, m, d", [(300, 500, 40), (45, 500, 40), (42, 60, 40), (1200, 900, 400)])
-def test_distance_equals_its_other_form(n, m, d):
-    a = normal(n, d, 1) @ normal(d, d, 2) / d ** 0.5
-    b = normal(m, d, 3) @ normal(d, d, 4) / d ** 0.5 + 0.1
-    assert abs(fvd.frechet_distance(a, b) / other_form(a, b) - 1) < 1e-8
 
 
 def test_distance_is_symmetric_and_ignores_a_common_shift():
@@ -251,17 +187,12 @@ def test_distance_of_small_sets_is_biased_as_stated():
         assert abs(fvd.frechet_distance(normal(n, 400, 1), normal(n, 400, 2)) / stated - 1) < 0.02
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_distance_of_fewer_than_two_videos_is_refused(rows):
-    with pytest.raises(ValueError, match="n >= 2"):
-        fvd.frechet_distance(normal(rows, 4), normal(9, 4))
-
-
-def test_distance_of_nan_features_is_refused_and_located():
+def test_distance_of_too_few_videos_or_of_nan_is_refused():
     x = normal(9, 4)
     x[6, 1] = float("nan")
-    with pytest.raises(ValueError, match=r"\[6\]"):
-        fvd.frechet_distance(normal(9, 4), x)
+    for wrong, word in ((normal(0, 4), "n >= 2"), (normal(1, 4), "n >= 2"), (x, r"\[6\]")):
+        with pytest.raises(ValueError, match=word):
+            fvd.frechet_distance(normal(9, 4), wrong)
 
 
 def test_kernel_distance_is_its_definition():
@@ -279,49 +210,11 @@ def test_kernel_distance_is_unbiased():
     assert fvd.kernel_distance(normal(20, 10), normal(20, 10, 1) + 1) > 1
 
 
-def test_bootstrap_is_reproducible_and_of_the_right_size():
-    a, b = normal(200, 3, 1), normal(200, 3, 2) + 1
-    spread = fvd.bootstrap_std(a, b, 100, seed=0)
-    fresh = [fvd.frechet_distance(normal(200, 3, k), normal(200, 3, 900 + k) + 1) for k in range(100)]
-    assert spread == fvd.bootstrap_std(a, b, 100, seed=0)
-    assert 0.6 < spread / np.std(fresh) < 1.6
-
-
-# ------------------------------------------------------------------ windows and threads
-
-def test_windows_lie_inside_the_video_and_differ():
-    for length in range(0, 40):
-        rng = np.random.default_rng(length)
-        for clips in (1, 3, 50):
-            random = fvd.windows(length, 9, clips, "random", rng)
-            assert len(set(random)) == len(random) == min(clips, max(length - 8, 0))
-            assert all(0 <= start <= length - 9 for start in random)
-            first = fvd.windows(length, 9, clips, "first")
-            assert first == [9 * k for k in range(min(clips, length // 9))]
-
-
-def test_threads_keep_the_order_and_wait_for_the_network():
-    started, lock = [], threading.Lock()
-    def job(k):
-        def run():
-            with lock:
-                started.append(k)
-            return k
-        return run
-    results = fvd.decode_ahead((job(k) for k in range(50)), waiting=4)
-    for k in range(50):
-        assert next(results) == k
-        assert len(started) <= k + 1 + 4
-
-
 # ------------------------------------------------------------------ weights
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was touched")
-    monkeypatch.setattr(fvd.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the network was touched"))
 
 
 @pytest.fixture
@@ -329,14 +222,9 @@ def published_state(tmp_path, monkeypatch, golden_net):
     """A state dict whose hash is taken for the published one."""
     path = tmp_path / "published.pt"
     torch.save(golden_net.state_dict(), path)
-    size = path.stat().st_size
-    monkeypatch.setattr(fvd, "STATE_DICT_GIT_SHA1", fvd.digest(path, "sha1", b"blob %d\0" % size))
+    sha1 = subprocess.check_output(["git", "hash-object", path], text=True).strip()
+    monkeypatch.setattr(fvd, "STATE_DICT_GIT_SHA1", sha1)
     return path
-
-
-def test_git_hash_is_that_of_git(tmp_path):
-    (tmp_path / "a").write_bytes(b"hello\n")
-    assert fvd.digest(tmp_path / "a", "sha1", b"blob 6\0") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_state_dict_of_known_hash_is_loaded(published_state, golden_net):
@@ -368,12 +256,11 @@ def test_torchscript_is_told_apart_and_needs_a_known_hash(tmp_path, monkeypatch)
     torch.jit.script(Scripted()).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
-        with pytest.raises(ValueError, match="neither"):
+        with pytest.raises(ValueError, match="truncated"):
             fvd.load_i3d(path)
     x = torch.rand(2, 3, 9, 4, 4)
     assert torch.equal(fvd.load_i3d(path, allow_unknown=True)(x), x.mean((2, 3, 4)))
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_BYTES", path.stat().st_size)
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", fvd.digest(path))
+    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert torch.equal(fvd.load_i3d(path)(x), x.mean((2, 3, 4)))
 
 
@@ -386,34 +273,25 @@ def test_pickles_are_not_executed_even_if_unknown_weights_are_allowed(tmp_path):
         fvd.load_i3d(tmp_path / "a.pt", allow_unknown=True)
 
 
-def test_download_verifies_and_then_appears_whole(published_state, tmp_path):
-    target = tmp_path / "cache" / "weights.pt"
-    assert fvd.download_weights(target, published_state.as_uri()) == target
-    assert target.read_bytes() == published_state.read_bytes()
-    assert fvd.download_weights(target, "file:///nowhere") == target  # it is there already
-    target.write_bytes(b"half a file")
+def test_download_verifies_and_then_appears_whole_or_not_at_all(published_state, tmp_path):
+    target, whole = tmp_path / "cache" / "weights.pt", published_state.read_bytes()
     fvd.download_weights(target, published_state.as_uri())
-    assert target.read_bytes() == published_state.read_bytes()
-
-
-def test_failed_download_leaves_nothing(published_state, tmp_path):
-    published_state.write_bytes(published_state.read_bytes()[:-100])
+    assert target.read_bytes() == whole
+    fvd.download_weights(target, "file:///nowhere")  # it is there already
+    target.unlink()
+    published_state.write_bytes(whole[:-100])
     for url in (published_state.as_uri(), (tmp_path / "nowhere").as_uri()):
-        with pytest.raises(ValueError, match="by hand|Get one of"):
-            fvd.download_weights(tmp_path / "cache" / "weights.pt", url)
+        with pytest.raises(ValueError, match="Get one of"):
+            fvd.download_weights(target, url)
         assert list((tmp_path / "cache").iterdir()) == []
 
 
 # ------------------------------------------------------------------ the command
 
 @pytest.fixture
-def fast(monkeypatch):
-    """The command with a small network in the place of random I3D."""
+def sets(tmp_path, monkeypatch):
+    """Two sets of videos, and a small network in the place of random I3D."""
     monkeypatch.setattr(fvd, "random_i3d", Pixels)
-
-
-@pytest.fixture
-def sets(tmp_path):
     real, fake = tmp_path / "real", tmp_path / "fake.npz"
     real.mkdir()
     for k, video in enumerate(noise(6, t=20, seed=1)):
@@ -423,173 +301,151 @@ def sets(tmp_path):
 
 
 def score(capsys, *args, rc=0):
-    """Exit status, output and errors of the command; a traceback fails the test by itself."""
-    assert fvd.main([str(arg) for arg in args]) == rc
+    """The result as --json writes it, output and errors of the command, or its one sentence if rc is 2."""
+    file = pathlib.Path(args[0]).parent / "out.json"
+    assert fvd.main([*map(str, args), *(["--features", "random"] if "--weights" not in args else []),
+                     *(["--json", str(file)] if "--json" not in args else [])]) == rc
     out, err = capsys.readouterr()
     assert "Traceback" not in err
-    return out if rc == 0 else err.strip().splitlines()[-1]
+    return (json.loads(file.read_text()), out, err) if rc == 0 else err.strip().splitlines()[-1]
 
 
-def test_command_prints_the_number_with_all_it_depends_on(fast, sets, capsys, tmp_path):
-    out = score(capsys, *sets, "--features", "random", "--json", tmp_path / "o.json")
-    result = json.loads((tmp_path / "o.json").read_text())
-    for word in ("FD-random", "KD-random", "standard", "half-pixel", "[-1, 1]", "random weights",
-                 "6 videos", "16 frames", "8x8", "uint8", "equal N", f"{result['value']:.6g}"):
+def test_command_prints_the_number_with_all_it_depends_on(sets, capsys):
+    result, out, _ = score(capsys, *sets)
+    for word in ("FD-random", "KD-random", "standard", "half-pixel", "[-1, 1]", "random weights", "6 videos",
+                 "16", "8x8", "uint8", "equal N", f"{result['value']:.6g}"):
         assert word in out
-    assert "FVD" not in out and "FVD" not in (tmp_path / "o.json").read_text()
+    assert "FVD" not in out + json.dumps(result)
     assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
 
 
 def test_command_runs_i3d_itself(capsys, tmp_path):
-    np.save(tmp_path / "a.npy", noise(2, t=9, seed=1))
-    np.save(tmp_path / "b.npy", noise(2, t=9, seed=2, high=128))
-    options = ("--features", "random", "--frames", 9)
-    same, other = (score(capsys, tmp_path / "a.npy", tmp_path / f"{name}.npy", *options) for name in "ab")
-    assert float(same.split()[1]) < 1e-9 < 0.1 < float(other.split()[1])
+    for name, high in (("a", 256), ("b", 128)):
+        np.save(tmp_path / f"{name}.npy", noise(2, t=9, high=high))
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
+    same, other = (score(capsys, a, fake, "--frames", 9)[0] for fake in (a, b))
+    assert same["value"] < 1e-9 < 0.1 < other["value"]
 
 
-def test_command_equals_the_library(fast, sets, capsys, tmp_path):
-    real, fake = sets
-    score(capsys, real, fake, "--features", "random", "--window", "first", "--json", tmp_path / "o.json",
-          "--protocol", "paper")
-    a = fvd.video_features(noise(6, t=20, seed=1)[:, :16], Pixels(), "tf1", (0, 1))
-    b = fvd.video_features(noise(6, t=16, seed=2, high=128), Pixels(), "tf1", (0, 1))
-    result = json.loads((tmp_path / "o.json").read_text())
-    assert result["value"] == pytest.approx(fvd.frechet_distance(a, b), rel=1e-9)
-    assert result["kernel_value"] == pytest.approx(fvd.kernel_distance(a, b), rel=1e-9)
-    assert result["protocol"] == "paper" and result["resize"] == "tf1" and result["range"] == [0, 1]
+@pytest.mark.parametrize("protocol", fvd.PROTOCOLS)
+def test_command_equals_the_library(sets, capsys, protocol):
+    result, _, _ = score(capsys, *sets, "--window", "first", "--protocol", protocol)
+    a, b = (fvd.video_features(x, Pixels(), *fvd.PROTOCOLS[protocol])
+            for x in (noise(6, t=20, seed=1)[:, :16], noise(6, t=16, seed=2, high=128)))
+    assert result["value"] == pytest.approx(fvd.frechet_distance(a, b), rel=1e-6)
+    assert result["kernel_value"] == pytest.approx(fvd.kernel_distance(a, b), rel=1e-6)
+    assert (result["resize"], tuple(result["range"])) == fvd.PROTOCOLS[protocol]
 
 
-def test_pieces_of_a_protocol_are_called_custom_unless_they_make_one(fast, sets, capsys):
-    options = ("--features", "random", "--resize", "tf1")
-    assert "custom: tf1" in score(capsys, *sets, *options)
-    assert "custom" not in score(capsys, *sets, "--protocol", "paper", *options, "--range", "unit")
+def test_every_window_of_a_video_is_as_likely_and_is_taken_once():
+    ramp = [np.full((8, 8, 3), 10 * k, np.uint8) for k in range(13)]  # windows of 9 frames begin at 0 to 4
+    counts = np.zeros(5)
+    for seed in range(400):
+        clips, _ = fvd.cut_clips(fvd.Video("", lambda: iter(ramp)), 9, 2, "random", "paper",
+                                    np.random.default_rng(seed))
+        starts = [round(clip[0, 0, 0, 0].item() * 25.5) for clip in clips]
+        assert len(set(starts)) == 2 and all(clip.shape == (3, 9, 224, 224) for clip in clips)
+        assert all(torch.allclose(clip[0, :, 0, 0] * 25.5, torch.arange(9.0) + s, atol=1e-3)
+                   for s, clip in zip(starts, clips))
+        counts[starts] += 1
+    assert np.abs(counts - 160).max() < 40  # four standard deviations
 
 
-def test_seed_chooses_the_windows(fast, sets, capsys):
-    one, same, other = (score(capsys, *sets, "--features", "random", "--seed", seed).splitlines()[0]
-                        for seed in (1, 1, 2))
+def test_seed_chooses_the_windows_and_clips_per_video_counts_clips(sets, capsys):
+    one, same, other = (score(capsys, *sets, "--seed", seed)[0]["value"] for seed in (1, 1, 2))
     assert one == same != other
+    result, out, _ = score(capsys, *sets, "--clips-per-video", 3)
+    assert (result["real"]["clips"], result["fake"]["clips"]) == (18, 6) and "unequal numbers" in out
 
 
-def test_clips_per_video_counts_clips(fast, sets, capsys):
-    out = score(capsys, *sets, "--features", "random", "--clips-per-video", 3)
-    assert "6 videos, 18 clips" in out and "unequal numbers" in out
-
-
-def test_damaged_and_short_videos_are_named_and_the_rest_is_scored(fast, sets, capsys):
+def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, capsys, tmp_path):
     real, fake = sets
     (real / "bad.mp4").write_bytes(b"hello")
     np.save(real / "short.npy", noise(1, t=12)[0])
-    assert fvd.main([str(real), str(fake), "--features", "random"]) == 0
-    out, err = capsys.readouterr()
-    assert "bad.mp4: no decoder" in err and "1 videos shorter" in err and "short.npy" in err and "6 videos" in out
-    assert "strict" in score(capsys, real, fake, "--features", "random", "--strict", rc=2)
-
-
-def test_unequal_numbers_sizes_and_compressed_fakes_are_warned_about(fast, sets, capsys, tmp_path):
-    import imageio.v3 as iio
-    (tmp_path / "gifs").mkdir()
-    for k in range(3):
-        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
-    out = score(capsys, sets[0], tmp_path / "gifs", "--features", "random")
-    for word in ("unequal numbers", "unequal resolutions", "compressed"):
-        assert word in out
-
-
-def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(fast, sets, capsys, tmp_path):
-    (tmp_path / "floats").mkdir()
-    for k in range(3):
-        np.save(tmp_path / "floats" / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
-    arguments = (tmp_path / "floats", sets[1], "--features", "random")
-    np.save(tmp_path / "floats" / "2.npy", noise(1, seed=9)[0] / 255)
-    assert "--floats" in score(capsys, *arguments, rc=2)
-    assert "float in [-1, 1]" in score(capsys, *arguments, "--floats", "symmetric")
-
-
-def test_video_with_nan_is_left_out_by_name(fast, sets, capsys, tmp_path):
     videos = noise(4) / 255
     videos[2, 3] = np.nan
     np.save(tmp_path / "nan.npy", videos)
-    assert fvd.main([str(sets[0]), str(tmp_path / "nan.npy"), "--features", "random"]) == 0
-    assert "nan.npy[2]: it holds NaN" in capsys.readouterr().err
+    result, out, err = score(capsys, real, tmp_path / "nan.npy")
+    for word in ("bad.mp4: ", "short.npy: shorter", "nan.npy[2]: it holds NaN"):
+        assert word in err
+    assert result["real"]["videos"] == 6 and result["fake"]["videos"] == 3
+    assert "strict" in score(capsys, real, fake, "--strict", rc=2)
 
 
-def test_nan_features_are_refused_with_the_name_of_the_video(sets, capsys, monkeypatch):
-    class Broken(Pixels):
-        def forward(self, x):
-            return super().forward(x) / (x.mean((1, 2, 3, 4)) < -0.2)[:, None]
-    monkeypatch.setattr(fvd, "random_i3d", Broken)
-    assert "0.npy" in score(capsys, *sets, "--features", "random", rc=2)
+def test_unequal_sizes_and_compressed_fakes_are_warned_about(sets, capsys, tmp_path):
+    (tmp_path / "gifs").mkdir()
+    for k in range(3):
+        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
+    out = score(capsys, sets[0], tmp_path / "gifs")[1]
+    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
 
 
-def test_cache_spares_the_real_set_and_a_stale_one_is_refused(fast, sets, capsys, monkeypatch, tmp_path):
+def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys, tmp_path):
+    (tmp_path / "floats").mkdir()
+    for k in range(2):
+        np.save(tmp_path / "floats" / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
+    assert "--floats" in score(capsys, tmp_path / "floats", sets[1], rc=2)
+    assert "float in [-1, 1]" in score(capsys, tmp_path / "floats", sets[1], "--floats", "symmetric")[1]
+
+
+def test_saved_features_stand_for_the_real_set_and_other_settings_are_refused(sets, capsys, tmp_path):
     real, fake = sets
-    options = ("--features", "random", "--cache", tmp_path / "c.npz")
-    first = score(capsys, real, fake, *options)
-    measured, original = [], fvd.measure
-    monkeypatch.setattr(fvd, "measure", lambda root, *a, **k: measured.append(root) or original(root, *a, **k))
-    assert score(capsys, real, fake, *options) == first and measured == [str(fake)]
+    first, _, _ = score(capsys, real, fake, "--save-features", tmp_path / "saved.npz")
+    for path in real.iterdir():
+        path.unlink()
+    assert score(capsys, tmp_path / "saved.npz", fake)[0] == first
     for change in (("--protocol", "paper"), ("--frames", 12), ("--seed", 1), ("--clips-per-video", 2)):
-        assert "cache" in score(capsys, real, fake, *options, *change, rc=2)
-    video = np.load(real / "0.npy")
-    video[0, 0, 0, 0] ^= 1
-    np.save(real / "0.npy", video)
-    assert "cache" in score(capsys, real, fake, *options, rc=2)
-    (tmp_path / "c.npz").write_bytes(b"hello")
-    assert "no cache" in score(capsys, real, fake, *options, rc=2)
+        assert "made with" in score(capsys, tmp_path / "saved.npz", fake, *change, rc=2)
 
 
-def test_without_weights_nothing_is_fetched_and_the_message_says_what_to_do(
-        sets, capsys, monkeypatch, no_network, tmp_path):
-    monkeypatch.setattr(fvd, "WEIGHTS", tmp_path / "weights.pt")
-    assert fvd.main([str(path) for path in sets]) == 2
+def test_without_weights_nothing_is_fetched_and_the_mend_is_said(sets, capsys, no_network, tmp_path):
+    assert fvd.main([*map(str, sets), "--weights", str(tmp_path / "weights.pt")]) == 2
     err = capsys.readouterr().err
-    for needed in (fvd.STATE_DICT, fvd.STATE_DICT_URL, fvd.STATE_DICT_GIT_SHA1, fvd.TORCHSCRIPT,
-                   fvd.TORCHSCRIPT_SHA256, "--weights", "--download", "--features random"):
+    for needed in (fvd.STATE_DICT_URL, fvd.STATE_DICT_GIT_SHA1, fvd.TORCHSCRIPT_URL, fvd.TORCHSCRIPT_SHA256,
+                   "--weights", "--download", "--features random"):
         assert needed in err
 
 
 def test_verified_weights_give_fvd_and_unknown_ones_a_warning(sets, capsys, monkeypatch, tmp_path):
     path = tmp_path / "net.pt"
     torch.jit.script(Scripted()).save(path)
-    assert "neither" in "".join(fvd.main([*map(str, sets), "--weights", str(path)]) == 2 and capsys.readouterr())
-    out = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
+    arguments = (*sets, "--weights", path)
+    _, out, _ = score(capsys, *arguments, "--allow-unknown-weights")
     assert out.startswith("FVD ") and "may not be FVD" in out
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_BYTES", path.stat().st_size)
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", fvd.digest(path))
-    out = score(capsys, *sets, "--weights", path)
+    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    _, out, _ = score(capsys, *arguments)
     assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
 
 
-@pytest.mark.parametrize("change, word", [
-    (["--frames", "8"], "halves time"), (["--frames", "x"], "whole number"), (["--batch", "0"], "at least 1"),
-    (["--clips-per-video", "-1"], "at least 1"), (["--protocol", "none"], "standard"),
-    (["--bootstrap", "1"], "at least 2")])
-def test_wrong_arguments_are_explained(sets, capsys, change, word):
-    with pytest.raises(SystemExit) as caught:
-        fvd.main([*map(str, sets), "--features", "random", *change])
-    assert caught.value.code == 2 and word in capsys.readouterr().err
-
-
-def test_wrong_input_gets_one_sentence_and_status_2(fast, sets, capsys, tmp_path):
+def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
     real, fake = sets
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "one.npy", noise(1))
     np.save(tmp_path / "short.npy", noise(5, t=7))
     (tmp_path / "bad.npy").write_bytes(b"hello" * 100)
-    random = ("--features", "random")
     for args, word in [
             ((tmp_path / "nowhere", fake), "no such"), ((tmp_path / "empty", fake), "no video"),
-            ((real, tmp_path / "one.npy"), "needs 2"), ((real, tmp_path / "short.npy"), "5 short"),
-            ((real, tmp_path / "short.npy", "--frames", 9), "5 short"),
-            ((real, tmp_path / "bad.npy"), "1 unreadable"), ((real, fake, "--device", "cuda:77"), "--device"),
+            ((real, tmp_path / "one.npy"), "needs 2"), ((real, tmp_path / "short.npy"), "5 videos"),
+            ((real, tmp_path / "bad.npy"), "1 videos"), ((real, fake, "--device", "cuda:77"), "--device"),
             ((real, fake, "--device", "toaster"), "--device cpu"),
             ((real, fake, "--json", tmp_path / "no" / "o.json"), "folder"),
-            ((real, fake, "--cache", tmp_path / "no" / "c.npz"), "folder"),
-            ((real, fake, "--cache", real / "c.npz"), "REAL"), ((real, fake, "--json", tmp_path), "folder"),
-            ((real, fake, "--weights", fake), "--features random")]:
-        assert word in score(capsys, *args, *random, rc=2), args
+            ((real, fake, "--json", tmp_path), "folder"),
+            ((real, fake, "--save-features", tmp_path / "no" / "c.npz"), "folder"),
+            ((real, fake, "--save-features", real / "c.npz"), "REAL")]:
+        assert word in score(capsys, *args, rc=2), args
+    for change, word in ((["--frames", "8"], "halves time"), (["--frames", "x"], "invalid int"),
+                         (["--batch", "0"], "at least 1"), (["--clips-per-video", "-1"], "at least 1")):
+        with pytest.raises(SystemExit) as caught:
+            fvd.main([*map(str, sets), *change])
+        assert caught.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_console_that_lacks_a_letter_loses_no_result(tmp_path):
+    path = tmp_path / "\u4f60\u597d.npy"
+    np.save(path, noise(2, t=9))
+    done = subprocess.run([sys.executable, fvd.__file__, path, path, "--frames", "9", "--features", "random"],
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u4f60\\u597d.npy" in done.stdout
 
 
 @pytest.mark.parametrize("pieces", [
@@ -601,16 +457,9 @@ def test_pieces_can_be_pasted_with_what_they_name_as_needed(pieces):
     for name in pieces.split():
         exec(inspect.getsource(getattr(fvd, name)), notebook)
     assert all(name in getattr(fvd, piece).__doc__.split("Needs:")[1] for name in needs)
-    calls = {"frechet_distance": (normal(5, 3), normal(5, 3)), "kernel_distance": (normal(5, 3), normal(4, 3)),
+    a, b = normal(5, 3), normal(4, 3)
+    calls = {"frechet_distance": (a, b), "kernel_distance": (a, b),
              "resize_tf1": (torch.rand(2, 8, 8),), "preprocess": (torch.from_numpy(noise(1)[0]), "tf1"),
              "video_features": (noise(2), Pixels(), "tf1"), "Unit3D": (3, 4), "I3D": (),
              "same_pad": (torch.rand(1, 1, 5, 5, 5), (3, 3, 3), (2, 2, 2))}
     assert notebook[piece](*calls[piece]) is not None
-
-
-def test_file_imports_nothing_of_the_project():
-    tree = ast.parse(open(fvd.__file__, encoding="ascii").read())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots = {name.split(".")[0] for name in names}
-    assert roots - set(sys.stdlib_module_names) == {"torch", "numpy", "imageio", "tqdm"}
