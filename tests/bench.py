@@ -308,14 +308,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="what", required=True)
     for what, options in OPTIONS.items():
-        command = commands.add_parser(what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(what)
         for key, default in (COMMON | options).items():
             kind = {"type": type(default), "metavar": "X"}
             if isinstance(default, list):
                 kind = {"type": type(default[0]), "nargs": "+", "metavar": "X"}
             elif default is False:
                 kind = {"action": "store_true"}
-            command.add_argument(f"--{key}", default=default, help=" ", **kind)
+            command.add_argument(f"--{key}", default=default, help="default: %(default)s", **kind)
     args = parser.parse_args(argv)
     args.results = []
     torch.set_num_threads(args.threads)
