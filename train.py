@@ -804,87 +804,104 @@ def within(kind, low, high=math.inf):
     return read
 
 
+COUNT, SHARE = within(int, 1), within(float, 0, 1)
+
+
 def multiples(text):
     """"1,2,4" -> [1, 2, 4]"""
-    return [within(int, 1)(part) for part in text.split(",")]
+    return [COUNT(part) for part in text.split(",")]
 
 
-def make_parser():
-    """All options. By default a CPU run ends in minutes, and a GPU run is worth its device."""
-    gpu, count, share = torch.cuda.is_available(), within(int, 1), within(float, 0, 1)
-    best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
-    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help", **how)
+def adder(group):
+    """A function that adds options to a group. A pair of defaults is one for a GPU and one for a CPU."""
 
     def add(flag, default, help, *aliases, **options):
-        """An option of the current group. A pair of defaults is one for a GPU and one for a CPU."""
-        default = default[not gpu] if isinstance(default, tuple) else default
+        default = default[not torch.cuda.is_available()] if isinstance(default, tuple) else default
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         group.add_argument(flag, *aliases, default=default, help=help, **options)
 
-    group = parser.add_argument_group("samples of a run")
+    return add
+
+
+def make_parser():
+    """All options. By default a CPU run ends in minutes, and a GPU run is worth its device."""
+    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help", **how)
+    what_to_learn(parser)
+    how_to_run(parser)
+    return parser
+
+
+def what_to_learn(parser):
+    """Options of data and networks."""
+    add = adder(parser.add_argument_group("samples of a run"))
     add("command", None, "draw samples of RUN instead of training", nargs="?", choices=("sample",))
     add("run", None, "folder of a run, or a checkpoint in it", nargs="?", metavar="RUN")
-    add("--real", None, "write as many videos of the test split too (if it has none: of all)", type=count)
-    group = parser.add_argument_group("data")
+    add("--real", None, "write as many videos of the test split too (if it has none: of all)", type=COUNT)
+    add = adder(parser.add_argument_group("data"))
     add("--data", "maze", "'maze', or a file or folder of videos, arrays and image sequences")
     add("--split", None, "part of a data set with train/ and test/, or lists as of CARLA and UCF101: train "
         "unless given (the papers: all)", choices=("train", "test", "all"))  # fmt: skip
-    add("--size", (32, 16), "height and width in pixels", type=count)
+    add("--size", (32, 16), "height and width in pixels", type=COUNT)
     add("--antialias", True, "in reducing videos to --size; the papers do without")
-    add("--frames", (16, 8), "frames per video", type=count)
-    add("--stride", 1, "take every K-th frame of a video", type=count, metavar="K")
+    add("--frames", (16, 8), "frames per video", type=COUNT)
+    add("--stride", 1, "take every K-th frame of a video", type=COUNT, metavar="K")
     add("--floats", None, "what float pixels mean: unit, 0 to 1; symmetric, -1 to 1", choices=FLOATS)
     add("--latents", False, "train on float arrays (frames, size, size, channels), as of a VAE, as they are")
     add("--workers", (CORES, 0), "processes that load and decode; 0: none, but one per core decodes",
         type=within(int, 0))  # fmt: skip
     add("--class-cond", False, "tell the network each video's class: its folder, or the style of the walls")
-    add("--cond-drop", 0.1, "share of videos whose class is hidden in training, for --guidance", type=share)
-    group = parser.add_argument_group("model")
+    add("--cond-drop", 0.1, "share of videos whose class is hidden in training, for --guidance", type=SHARE)
+    add = adder(parser.add_argument_group("model"))
     add("--backbone", "unet", "network", choices=("unet", "dim"))
     add("--target", "v", "what it predicts", choices=("eps", "v", "x0"))
-    add("--diffusion-steps", 256, "steps of the schedule", type=count)
+    add("--diffusion-steps", 256, "steps of the schedule", type=COUNT)
     names = ", ".join(TEMPORAL_LAYERS)
     add("--temporal", "bi-mamba", f"unet: temporal layer, {names}", metavar="NAME", choices=TEMPORAL_LAYERS)
-    add("--dim", (64, 32), "unet: width of the first level, a multiple of 8", type=count)
+    add("--dim", (64, 32), "unet: width of the first level, a multiple of 8", type=COUNT)
     add("--dim-mults", ([1, 2, 4, 8], [1, 2, 4]), "unet: widths of the levels, in dim", type=multiples)
-    add("--heads", (8, 4), "unet: attention heads", type=count)
-    add("--depth", (12, 6), "dim: blocks", type=count)
-    add("--width", (384, 192), "dim: numbers per token, a multiple of 8", type=count)
+    add("--heads", (8, 4), "unet: attention heads", type=COUNT)
+    add("--depth", (12, 6), "dim: blocks", type=COUNT)
+    add("--width", (384, 192), "dim: numbers per token, a multiple of 8", type=COUNT)
     add("--dim-size", None, "dim: DiT's depth and width, instead of those above", choices=DIM_SIZES)
-    add("--patch", (2, 4), "dim: side of a token in pixels", type=count)
-    group = parser.add_argument_group("training")
-    add("--steps", (20_000, 500), "optimiser steps in all", type=count)
-    add("--batch", (16, 4), "videos per backward pass and process, or drawn at a time", type=count)
-    add("--grad-accum", 1, "backward passes per step", type=count)
+    add("--patch", (2, 4), "dim: side of a token in pixels", type=COUNT)
+
+
+def how_to_run(parser):
+    """Options of training, of the machine and of what is written."""
+    add = adder(parser.add_argument_group("training"))
+    add("--steps", (20_000, 500), "optimiser steps in all", type=COUNT)
+    add("--batch", (16, 4), "videos per backward pass and process, or drawn at a time", type=COUNT)
+    add("--grad-accum", 1, "backward passes per step", type=COUNT)
     add("--lr", (3e-4, 1e-3), "learning rate of Adam", type=within(float, 0))
     add("--warmup", 50, "steps in which it rises to --lr", type=within(int, 0))
     add("--clip", 1.0, "largest norm of the gradient, 0 for no limit", type=within(float, 0))
-    add("--ema", (0.9995, 0.995), "decay of the averaged weights, per step", type=share)
+    add("--ema", (0.9995, 0.995), "decay of the averaged weights, per step", type=SHARE)
     add("--seed", 0, "of weights, data order and noise", type=within(int, 0, 2**31 - 1))
-    group = parser.add_argument_group("speed and memory")
-    add("--device", best, "cuda, cuda:1, mps or cpu")
+    add = adder(parser.add_argument_group("speed and memory"))
+    gpu = torch.cuda.is_available()
+    best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    add("--device", best, "cuda, cuda:1, mps or cpu")
     add("--amp", bf16, "matrix products and convolutions in bfloat16")
     add("--compile", False, "torch.compile: minutes at first, then faster steps")
     add("--recompute", False, "compute activations twice: less memory, more time")
-    group = parser.add_argument_group("run").add_mutually_exclusive_group()
+    add = adder(parser.add_argument_group("run").add_mutually_exclusive_group())
     add("--out", None, "folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
     add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, as it was: only "
         "steps, speed, saving and drawing may change, batch x grad-accum x processes not", metavar="RUN")
-    group = parser.add_argument_group("saving and drawing")
-    add("--save-every", (1000, 100), "steps from checkpoint to checkpoint", type=count)
-    add("--keep", 2, "checkpoints kept, the newest ones", type=count)
-    add("--sample-every", (2000, 500), "steps from sample to sample", type=count)
-    add("--videos", 8, "videos drawn", "--sample-videos", dest="sample_videos", metavar="N", type=count)
+    add = adder(parser.add_argument_group("saving and drawing"))
+    add("--save-every", (1000, 100), "steps from checkpoint to checkpoint", type=COUNT)
+    add("--keep", 2, "checkpoints kept, the newest ones", type=COUNT)
+    add("--sample-every", (2000, 500), "steps from sample to sample", type=COUNT)
+    add("--videos", 8, "videos drawn", "--sample-videos", dest="sample_videos", metavar="N", type=COUNT)
     add("--sampler", "ddim", "ddim, or dpm, DPM-Solver++ of second order", choices=("ddim", "dpm"))
-    add("--sample-steps", 50, "denoising steps", type=count)
-    add("--eta", 0.0, "noise in ddim: 0 DDIM, 1 DDPM", type=share)
+    add("--sample-steps", 50, "denoising steps", type=COUNT)
+    add("--eta", 0.0, "noise in ddim: 0 DDIM, 1 DDPM", type=SHARE)
     add("--guidance", 1.0, "weight of the class: 0 ignores, 2 exaggerates it", type=within(float, -100, 100))
     add("--class", None, "draw this class alone instead of all in turn", dest="label", metavar="NAME")
     add("--fps", 8.0, "frames per second of GIFs and MP4s", type=within(float, 0.1, 1000))
-    return parser
 
 
 def parse(argv):

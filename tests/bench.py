@@ -295,8 +295,9 @@ def bench_data(args):
         Path(folder, "videos").mkdir()
         for i in range(8):
             np.save(f"{folder}/videos/{i}", np.full((4 * frames, 2 * size, 3 * size, 3), i, dtype=np.uint8))
-        maze = train.MazeVideos("train", frames, size)
-        cache = train.FolderVideos(f"{folder}/videos", frames, size, Path(folder, "cache"), 0)
+        options = ["--frames", str(frames), "--size", str(size), "--out", f"{folder}/run"]
+        data_of = lambda data: train.videos_of(train.parse([*options, "--data", data])[0])
+        maze, cache = data_of("maze"), data_of(f"{folder}/videos")
         batch = lambda data: torch.utils.data.default_collate([data[i] for i in range(args.batch)])
         calls = {"maze": lambda: batch(maze), "folder's cache": lambda: batch(cache)}
         records = measure(calls, args, count=False)
