@@ -968,6 +968,7 @@ def main(argv):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
