@@ -723,7 +723,7 @@ def train(args, checkpoint=None):
         print(f"stopped after step {step}; go on with: {command} train.py --resume {shlex.quote(str(out))}")
     elif rank == 0:
         print(f"wrote {path}\n      {drawn}, the first row is data\n      {out}/log.jsonl")
-        print(*(f"skipped {why}" for why in data.skipped.values()), sep="\n")
+        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
         dist.destroy_process_group()
@@ -943,6 +943,7 @@ def main(argv):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

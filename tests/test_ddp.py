@@ -53,6 +53,11 @@ def close(a, b, name="checkpoint-000004.pt"):
     return (a - b).norm() <= 1e-4 * b.norm()
 
 
+def children(process):
+    """The ranks that torchrun has started."""
+    return [*map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+
+
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()[1][-2000:]
@@ -79,19 +84,18 @@ def test_two_processes_with_batch_two_are_one_with_batch_four(network):
     assert close("two", "one") and log("two", "step") == [1, 2, 3, 4]
 
 
-def test_a_signal_stops_all_processes_after_the_same_step_and_a_dead_one_ends_the_run(tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_a_dead_one_ends_the_run(tmp_path):
     process = torchrun(*COMMON, *UNET, "--batch", 1, "--steps", 10**9, "--save-every", 3, "--sample-every", 10**6,
                        "--workers", 1, "--out", "run")  # fmt: skip
     wait_for(lambda: train.checkpoints("run"), process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate()
+    os.kill(children(process)[-1], signal.SIGTERM)
+    output, errors = process.communicate(timeout=100)
     stopped = int(re.search(r"stopped after step (\d+)", output)[1])
     assert train.step_in(train.checkpoints("run")[0]) == stopped and log("run", "step") == [*range(1, stopped + 1)]
 
     process = torchrun("--resume", "run", "--device", "cpu")
     wait_for(lambda: train.step_in(train.checkpoints("run")[0]) > stopped, process)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     process.communicate(timeout=100)
     assert process.returncode != 0
     step = train.step_in(train.checkpoints("run")[0])
