@@ -60,7 +60,9 @@ def main():
         axis.set(title=key, xlabel="step", yscale="linear" if key == "videos_per_second" else "log")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(args.out or Path(args.runs[0], "curves.png"), dpi=120)
+    out = args.out or Path(args.runs[0], "curves.png")
+    figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
