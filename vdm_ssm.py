@@ -1010,9 +1010,9 @@ def check_scan(b=4, l=100, d=32, n=16):
         inputs = [x.to(dtype).requires_grad_() for x in (u, dt, A, B, C, D)]
         y = scan(*inputs)
         found.append([y, *torch.autograd.grad(y, inputs, dy.to(dtype))])
-    errors = zip("y du ddt dA dB dC dD".split(), map(relative_error, *found))
     print("selective_scan in float32 against selective_scan_loop in float64, relative L2 error:")
-    print("  " + "   ".join(f"{name} {error:.0e}" for name, error in errors))
+    errors = zip("y du ddt dA dB dC dD".split(), map(relative_error, *found))
+    print(*(f"  {name} {error:.0e}" for name, error in errors))
 
 
 def check_recurrence(core, b=2, l=100, d=32):
@@ -1026,14 +1026,14 @@ def check_recurrence(core, b=2, l=100, d=32):
 
 def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=64, d=64):
     """Print each layer's parameters, its time, forward + backward, and the memory kept between the two."""
-    print(f"\nOne temporal layer, {pixels} pixels, width {d}, 8 heads: ms | MB kept for the backward pass")
-    print(f"{'':17s}{'parameters':>11s}" + "".join(f"{f'{f} frames':>18s}" for f in (16, 64, 256)))
+    print(f"\nOne temporal layer, {pixels} pixels, width {d}, 8 heads: ms | MB kept for the backward pass\n"
+          f"{'':17s} parameters" + "".join(f"{f'{f} frames':>18s}" for f in (16, 64, 256)))  # fmt: skip
     for name in names:
-        layer, kept = temporal_layer(name)(d), {}
+        layer = temporal_layer(name)(d)
         print(f"{name:17s}{sum(p.numel() for p in layer.parameters()):11,d}", end="", flush=True)
-        keep = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
         for x in (torch.randn(pixels, f, d, requires_grad=True) for f in (16, 64, 256)):
-            kept.clear()
+            kept = {}
+            keep = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 layer(x).sum().backward()  # also warms up
             start = time.perf_counter()
