@@ -137,6 +137,15 @@ def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
         assert all((value - right).norm() <= 1e-10 * right.norm() for value, right in zip(*both))
 
 
+@pytest.mark.parametrize("l", [9, 65])
+def test_autocast_does_not_touch_s4d(l):
+    torch.manual_seed(0)
+    layer, u = S4D(6), torch.randn(2, l, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(u)
+    assert torch.equal(y, layer(u)) and layer(u.bfloat16()).dtype == torch.bfloat16
+
+
 def test_s4d_kernel_in_float32_is_exact_also_for_small_steps():
     torch.manual_seed(0)
     layer = S4D(8, n=32, dt_min=1e-4, dt_max=1e-3)

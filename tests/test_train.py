@@ -14,6 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from test_data import write_videos
 
 import fvd
 import train
@@ -70,14 +71,6 @@ def same(a, b, step):
     sheets = [pathlib.Path(out, f"samples/step-{step:06d}.png").read_bytes() for out in (a, b)]
     equal = [torch.equal(states[0][key][k], states[1][key][k]) for key in ("model", "ema") for k in states[0][key]]
     return all(equal) and log(a) == log(b) and sheets[0] == sheets[1]
-
-
-def write_videos(folder, count=3, frames=6, size=(12, 10)):
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        np.save(folder / f"{i}.npy", rng.integers(0, 256, (frames, *size, 3), dtype=np.uint8))
-    return folder
 
 
 # ---- What a run writes
