@@ -693,9 +693,9 @@ def train(args, checkpoint=None):
             t, eps, keep = draw(items, x0.shape[1:], args, device)
             net.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                losses = diffusion.losses(x0, t, eps, one_hot(labels, args, device), keep)  # (b)
+                losses = diffusion.losses(x0, t, eps, one_hot(labels, args, device), keep)  # (b, f)
             (losses.mean() / args.grad_accum).backward()
-            seen.append(torch.stack([t, losses.detach()]))
+            seen.append(torch.stack([t, losses.detach().mean(1)]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
         t, losses = rearrange(gather(torch.stack(seen)), "r a two b -> two (r a b)")
         loss, lr = losses.mean().item(), args.lr * min(1, step / max(1, args.warmup))

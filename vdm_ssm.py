@@ -17,7 +17,7 @@ References
     [12] Mehta et al., Gated State Spaces (GSS), arXiv 2206.13947; Wang et al., BiGS, arXiv 2212.10544
     [13] Ho and Salimans, Classifier-Free Guidance, 2207.12598    [14] Lu et al., DPM-Solver++, 2211.01095
     [15] Mo and Tian, Scaling Diffusion Mamba with Bidirectional SSMs (DiM), arXiv 2405.15881
-    [16] Peebles and Xie, Scalable Diffusion Models with Transformers (DiT), arXiv 2212.09748
+    [16] Peebles and Xie, DiT, arXiv 2212.09748    [17] Chen et al., Diffusion Forcing, arXiv 2407.01392
 
 Letters
     b batch    c channels    f frames    h w height and width    l sequence length    d width of a sequence
@@ -32,7 +32,7 @@ Map
     4. Temporal layers    the Mamba block, the first paper's block, ablations, attention; temporal_layer(name)
     5. Spatial blocks     step embedding, condition, ResNet block, attention over space, resampling
     6. UNet3D
-    7. Diffusion          ddim, dpm_solver, GaussianDiffusion
+    7. Diffusion          ddim, dpm_solver, GaussianDiffusion; stream: frames without end
     8. DiM                the second network: patches and Mamba blocks only
     9. The scan at speed  an appendix: selective_scan, equal to the loop, in linear memory
 
@@ -40,11 +40,14 @@ Differs from the papers
     The network computes the official function, with its parameters in the same order. The position table that
     all official variants carry (32 x heads numbers) exists here for its user only, `attention`. The official
     attention stores f x f scores per pixel; here `F.scaled_dot_product_attention` decides. DiM: section 8.
+    Not in [1]: a noise level for each frame, and causal networks, whose GroupNorm takes each frame alone: the
+    official statistics are over all frames, and would show the past what follows.
 """
 
 import math
 import time
 from functools import cache, partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -124,16 +127,15 @@ class S6(nn.Module):
         low, B, C = self.x_proj(u).split([self.rank, self.n, self.n], dim=-1)
         return F.softplus(self.dt_proj(low)), -torch.exp(self.A_log), B, C
 
-    def forward(self, u, reverse=False):
-        """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first."""
-        return selective_scan(u, *self.choose(u), self.D, reverse=reverse)
+    def forward(self, u, reverse=False, states=None):
+        """u (b, l, d) -> y (b, l, d). `reverse` runs from the last frame to the first.
 
-    def step(self, u, state=0):
-        """The recurrence, one frame at a time.    u (b, d), state (b, d, n) or 0 -> y (b, d), next state"""
-        dt, A, B, C = self.choose(u)
-        state = torch.exp(dt[..., None] * A) * state + (dt * u)[..., None] * B[:, None]
-        y = (state * C[:, None]).sum(-1) + self.D * u
-        return y.to(u.dtype), state
+        states: what layers remember of earlier frames, here {this layer: state (b, d, n)}, {} at first. The
+        layer begins there, and puts its last state in: a sequence may come in pieces, or frame by frame."""
+        states = {} if states is None else states
+        parameters = *self.choose(u), self.D, states.get(self), True
+        y, states[self] = selective_scan(u, *parameters, reverse)
+        return y
 
 
 # -----------------------------------------------------------------------------
@@ -195,24 +197,32 @@ class S4D(nn.Module):
         real = coarse.real.mT @ fine.real - coarse.imag.mT @ fine.imag  # (d, q, q)
         return 2 * real.flatten(1)[:, :l]
 
-    def forward(self, u, reverse=False):
-        """u (b, l, d) -> y (b, l, d). `reverse`: y_k depends on u_k and what follows it."""
-        if len(u) == 0:
-            return u  # the FFT may refuse an empty batch
-        l, x = u.shape[1], u.to(torch.promote_types(u.dtype, torch.float32))  # the FFT knows no bfloat16
-        with torch.autocast(u.device.type, enabled=False):
-            # The FFT's convolution is circular: with l zeros at its end, that does not touch its beginning.
-            K_f = torch.fft.rfft(self.kernel(l).to(x.dtype), n=2 * l)  # (d, l + 1)
-            x_f = torch.fft.rfft(x.mT, n=2 * l)  # (b, d, l + 1)
-            y = torch.fft.irfft(x_f * (K_f.conj() if reverse else K_f), n=2 * l)[..., :l].mT
-            return (y + self.D * x).to(u.dtype)
+    def convolve(self, u, reverse=False):
+        """All frames at once.    u (b, l, d) -> y (b, l, d), without D"""
+        # The FFT's convolution is circular: with l zeros at its end, that does not touch its beginning.
+        l = u.shape[1]
+        K_f = torch.fft.rfft(self.kernel(l).to(u.dtype), n=2 * l)  # (d, l + 1)
+        u_f = torch.fft.rfft(u.mT, n=2 * l)  # (b, d, l + 1)
+        return torch.fft.irfft(u_f * (K_f.conj() if reverse else K_f), n=2 * l)[..., :l].mT
 
-    def step(self, u, state=0):
-        """The recurrence, one frame at a time.    u (b, d), state (b, d, n/2) or 0 -> y (b, d), next state"""
-        dt_A, C = self.discretise()
-        state = torch.exp(dt_A) * state + u[..., None]
-        y = 2 * (C * state).sum(-1).real + self.D * u
-        return y.to(u.dtype), state
+    def recur(self, u, state=0):
+        """The same frame by frame.    u (b, l, d), state (b, d, n/2) or 0 -> y (b, l, d), last state"""
+        dt_A, C = (x.to(torch.promote_types(u.dtype, torch.cfloat)) for x in self.discretise())
+        decay, ys = torch.exp(dt_A), []
+        for u_k in u.unbind(1):
+            state = decay * state + u_k[..., None]
+            ys.append(2 * (C * state).sum(-1).real)
+        return torch.stack(ys, dim=1), state
+
+    def forward(self, u, reverse=False, states=None):
+        """u (b, l, d) -> y (b, l, d). `reverse`: y_k depends on u_k and what follows it. states: as in S6."""
+        x = u.to(torch.promote_types(u.dtype, torch.float32))  # the FFT knows no bfloat16
+        with torch.autocast(u.device.type, enabled=False):
+            if states is not None:
+                y, states[self] = self.recur(x, states.get(self, 0))
+            else:
+                y = self.convolve(x, reverse) if len(u) else x  # the FFT may refuse an empty batch
+            return (y + self.D * x).to(u.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -227,18 +237,23 @@ class S4D(nn.Module):
 class CausalConv(nn.Conv1d):
     """Depthwise convolution over a frame and those before it.    u (b, l, d) -> (b, l, d)
 
-    `reverse`: a frame and those after it, the nearest with the same weight. width: frames that are seen."""
+    `reverse`: a frame and those after it, the nearest with the same weight. width: frames that are seen.
+    states: as in S6; what it remembers are the last width - 1 frames."""
 
     def __init__(self, d, width=4):
         super().__init__(d, d, width, groups=d)
 
-    def forward(self, u, reverse=False):
+    def forward(self, u, reverse=False, states=None):
         l, more = u.shape[1], self.kernel_size[0] - 1
+        if states is not None:
+            u = torch.cat([states.get(self, u.new_zeros(len(u), more, u.shape[2])), u], dim=1)
+            states[self] = u[:, l:]
         taps = (self.weight.flip(2) if reverse else self.weight).unflatten(1, (1, 1))  # (d, 1, 1, width)
         # As images of one row: conv2d takes channels that lie innermost, as u has them; conv1d would copy u.
-        # Padded at both ends: y (b, l + more, d), where y_k has seen the frames k - more to k.
+        # Padded at both ends: y_k has seen the frames k - more to k.
         y = F.conv2d(u.mT[:, :, None], taps, padding=(0, more), groups=self.groups).squeeze(2).mT
-        return (y[:, more:] if reverse else y[:, :l]) + self.bias
+        begin = 0 if states is None and not reverse else more
+        return y[:, begin : begin + l] + self.bias
 
 
 class MambaBlock(nn.Module):
@@ -255,9 +270,9 @@ class MambaBlock(nn.Module):
         self.back_conv = CausalConv(expand * d) if bidirectional else None
         self.out_proj = nn.Linear(expand * d, d)
 
-    def forward(self, x):
+    def forward(self, x, states=None):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, 2d) each
-        y = self.ahead(F.silu(self.ahead_conv(u)))
+        y = self.ahead(F.silu(self.ahead_conv(u, states=states)), states=states)
         if self.back is not None:
             y = y + self.back(F.silu(self.back_conv(u, reverse=True)), reverse=True)
         return self.out_proj(y * F.silu(z))
@@ -275,8 +290,8 @@ class GLUBlock(nn.Module):
         self.back, self.back_proj = (core(d), nn.Linear(d, 2 * d)) if bidirectional else (None, None)
         self.mlp = nn.Sequential(nn.Linear(d, mlp), nn.GELU(), nn.Linear(mlp, d)) if mlp else nn.Identity()
 
-    def forward(self, x):
-        y = F.glu(self.ahead_proj(self.ahead.activation(self.ahead(x))), dim=-1)
+    def forward(self, x, states=None):
+        y = F.glu(self.ahead_proj(self.ahead.activation(self.ahead(x, states=states))), dim=-1)
         if self.back is not None:
             y = y + F.glu(self.back_proj(self.back.activation(self.back(x, reverse=True))), dim=-1)
         return self.mlp(y)
@@ -290,8 +305,8 @@ class MLPBlock(nn.Module):
         self.ahead, self.back = core(d), core(d) if bidirectional else None
         self.fc1, self.fc2 = nn.Linear(2 * d if bidirectional else d, mlp), nn.Linear(mlp, d)
 
-    def forward(self, x):
-        y = self.ahead(x)
+    def forward(self, x, states=None):
+        y = self.ahead(x, states=states)
         if self.back is not None:
             y = torch.cat([y, self.back(x, reverse=True)], dim=-1)  # (b, l, 2d)
         return self.fc2(F.gelu(self.fc1(F.gelu(y))))
@@ -312,8 +327,8 @@ class GatedBlock(nn.Module):
         self.gate = nn.Linear(d, wide)
         self.out = nn.Linear(wide, d)
 
-    def forward(self, x):
-        y = self.ahead_out(self.ahead(F.gelu(self.ahead_in(x))))
+    def forward(self, x, states=None):
+        y = self.ahead_out(self.ahead(F.gelu(self.ahead_in(x)), states=states))
         if self.back is not None:
             y = y * self.back_out(self.back(F.gelu(self.back_in(x)), reverse=True))
         return self.out(F.gelu(self.shortcut(x)) * F.gelu(self.gate(y)))
@@ -440,31 +455,41 @@ def temporal_layer(name, heads=8, head_dim=64, n=None, mlp=None):
 # batch, (b f) c h w, or pixels into the batch, (b h w) f c, costs nothing or one copy of contiguous runs.
 
 def step_embedding(t, d):
-    """Sinusoids of diffusion steps, or of positions.    t (b) integers -> (b, d), sines before cosines"""
+    """Sinusoids of diffusion steps, or of positions.    t (...) integers -> (..., d), sines before cosines"""
     half = d // 2
     freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
-    angle = t[:, None] * freqs  # (b, d/2)
+    angle = t[..., None] * freqs  # (..., d/2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class Condition(nn.Module):
-    """Appends a condition to the step's embedding.    emb (b, d), cond (b, cond_dim) -> (b, d + cond_dim)
+    """Joins a condition to the step's embedding.    emb (b, d) or (b, f, d) -> (b, 1 or f, d + cond_dim)
 
-    cond is any vector, one-hot for a class. A learned null vector [13] takes its place where keep (b) is
-    False, and everywhere without a cond. Without a cond_dim nothing is appended."""
+    cond is any vector (b, cond_dim), one-hot for a class, or (b, f, cond_dim), one for each frame. A learned
+    null vector [13] takes its place where keep (b) is False, and everywhere without a cond. It is appended,
+    as in [1]. `added`: two linear layers turn it into d numbers, which are added to the embedding instead:
+    a few numbers, as an action's, are not lost beside many. Without a cond_dim emb stays as it is."""
 
-    def __init__(self, cond_dim=None):
+    def __init__(self, d, cond_dim=None, added=False):
         super().__init__()
         self.null = None if cond_dim is None else nn.Parameter(torch.randn(1, cond_dim))
+        layers = (nn.Linear(cond_dim, 256), nn.GELU(), nn.Linear(256, d)) if added else ()
+        self.project, self.d_out = nn.Sequential(*layers), d if added else d + (cond_dim or 0)
 
     def forward(self, emb, cond=None, keep=None):
-        null = emb[:, :0] if self.null is None else self.null.expand(len(emb), -1)
+        emb = emb[:, None].flatten(1, -2)  # (b, 1 or f, d)
+        null = emb[:, 0, :0] if self.null is None else self.null.expand(len(emb), -1)
         cond = null if cond is None else cond
-        if cond.shape != null.shape:
+        if cond.ndim not in (2, 3) or cond.shape[:: cond.ndim - 1] != null.shape:
             raise ValueError(f"condition of shape {tuple(cond.shape)}, (b, cond_dim) is {tuple(null.shape)}")
+        cond = cond[:, None].flatten(1, -2)  # (b, 1 or f, cond_dim)
         keep = torch.ones(len(emb), dtype=torch.bool, device=emb.device) if keep is None else keep
         # The null vector takes part in any case: DistributedDataParallel waits for every gradient.
-        return torch.cat([emb, torch.where(keep[:, None], cond, null).to(emb.dtype)], dim=1)
+        cond = torch.where(keep[:, None, None], cond, null[:, None]).to(emb.dtype)
+        if self.project:
+            return emb + self.project(cond)
+        f = max(emb.shape[1], cond.shape[1])
+        return torch.cat([emb.expand(-1, f, -1), cond.expand(-1, f, -1)], dim=-1)
 
 
 class PerFrame(nn.Module):
@@ -480,21 +505,23 @@ class PerFrame(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a shortcut.    x (b, c, f, h, w), emb (b, d_emb) -> (b, c_out, f, h, w)
+    """Two convolutions with a shortcut.    x (b, c, f, h, w), emb (b, 1 or f, d_emb) -> (b, c_out, f, h, w)
 
-    The step's embedding scales and shifts. GroupNorm's statistics are over all frames. Needs: PerFrame."""
+    The step's embedding scales and shifts, all frames or each. GroupNorm's statistics are over all frames;
+    causal: over each frame alone. Needs: PerFrame."""
 
-    def __init__(self, c, c_out, d_emb=None):
+    def __init__(self, c, c_out, d_emb=None, causal=False):
         super().__init__()
+        norm = (lambda: PerFrame(nn.GroupNorm(8, c_out))) if causal else (lambda: nn.GroupNorm(8, c_out))
         self.to_scale_shift = None if d_emb is None else nn.Linear(d_emb, 2 * c_out)
-        self.conv1, self.norm1 = PerFrame(nn.Conv2d(c, c_out, 3, padding=1)), nn.GroupNorm(8, c_out)
-        self.conv2, self.norm2 = PerFrame(nn.Conv2d(c_out, c_out, 3, padding=1)), nn.GroupNorm(8, c_out)
+        self.conv1, self.norm1 = PerFrame(nn.Conv2d(c, c_out, 3, padding=1)), norm()
+        self.conv2, self.norm2 = PerFrame(nn.Conv2d(c_out, c_out, 3, padding=1)), norm()
         self.shortcut = nn.Identity() if c == c_out else PerFrame(nn.Conv2d(c, c_out, 1))
 
     def forward(self, x, emb=None):
         y = self.norm1(self.conv1(x))
         if emb is not None:
-            scale, shift = rearrange(self.to_scale_shift(F.silu(emb)), "b (two c) -> two b c 1 1 1", two=2)
+            scale, shift = rearrange(self.to_scale_shift(F.silu(emb)), "b f (two c) -> two b c f 1 1", two=2)
             y = y * (scale + 1) + shift
         y = F.silu(self.norm2(self.conv2(F.silu(y))))
         return y + self.shortcut(x)
@@ -519,8 +546,8 @@ class OverTime(nn.Module):
         super().__init__()
         self.layer, self.norm = layer, nn.LayerNorm(c, bias=False)
 
-    def forward(self, x):
-        y = self.layer(self.norm(rearrange(x, "b c f h w -> (b h w) f c")))
+    def forward(self, x, *states):
+        y = self.layer(self.norm(rearrange(x, "b c f h w -> (b h w) f c")), *states)
         return x + rearrange(y, "(b h w) f c -> b c f h w", h=x.shape[3], w=x.shape[4])
 
 
@@ -534,34 +561,43 @@ class OverTime(nn.Module):
 class UNet3D(nn.Module):
     """Denoising network.    x (b, c, f, h, w), t (b) integers, cond (b, cond_dim) -> (b, c_out, f, h, w)
 
+    t may be (b, f), a diffusion step for each frame, and cond (b, f, cond_dim).
+
     dim: width of the first level, a multiple of 8; dim_mults: widths of the levels in units of dim; each
     level but the last halves height and width. heads: of every attention; head_dim: of attention over time
     (over space it is 32). temporal: a name from TEMPORAL_LAYERS; n, mlp: see `temporal_layer`. channels,
-    out_channels: of the videos. cond_dim, cond, keep: see `Condition`. recompute: keep only the inputs of the
-    blocks for the backward pass, and compute their insides again there: the same numbers in less memory and
-    more time. The number of frames is free. Raises ValueError for another dim or an unknown layer, and in
-    `forward` for a height or width that is not a multiple of `factor`, 2^(levels - 1). Source: [1], [4]. At
-    dim 32, heads 4 it is the 14.1M model of [1]."""
+    out_channels: of the videos. cond_dim, add_cond, cond, keep: see `Condition`. recompute: keep only the
+    inputs of the blocks for the backward pass, and compute their insides again there: the same numbers in
+    less memory and more time. The number of frames is free. causal: no frame sees those after it. So a
+    video may come in pieces, or frame by frame: `states`, {} at first, holds what the temporal layers
+    remember of the frames before. A call replaces its entries; a copy of the dictionary is a frozen past.
+    Raises ValueError for another dim, an unknown layer or a causal network with one that sees the future, and
+    in `forward` for a height or width that is not a multiple of `factor`, 2^(levels - 1). Source: [1], [4].
+    At dim 32, heads 4 it is the 14.1M model of [1]."""
 
     def __init__(self, dim=32, dim_mults=(1, 2, 4, 8), heads=4, head_dim=64, temporal="bi-mamba", n=None,
-                 mlp=None, channels=3, out_channels=None, cond_dim=None, recompute=False):  # fmt: skip
+                 mlp=None, channels=3, out_channels=None, cond_dim=None, add_cond=False, causal=False,
+                 recompute=False):  # fmt: skip
         super().__init__()
         if dim < 8 or dim % 8:
             raise ValueError(f"dim is {dim}, but must be a positive multiple of 8, the groups of the norms")
+        if causal and temporal not in SSM_LAYERS:
+            raise ValueError(f"{temporal!r} sees the frames to come, which a causal network must not: choose "
+                             f"one of {', '.join(SSM_LAYERS)}")  # fmt: skip
         widths = [dim, *(dim * m for m in dim_mults)]
         levels = list(zip(widths[:-1], widths[1:]))
         d_step = 32 * dim  # the choice of [1]; [4] has 4 dim
-        d_emb = d_step + (cond_dim or 0)
-        self.dim, self.factor, self.recompute = dim, 2 ** (len(levels) - 1), recompute
+        self.dim, self.factor, self.recompute, self.causal = dim, 2 ** (len(levels) - 1), recompute, causal
         temporal_of = temporal_layer(temporal, heads, head_dim, n, mlp)
 
-        self.condition = Condition(cond_dim)
+        self.condition = Condition(d_step, cond_dim, add_cond)
+        block = partial(ResBlock, d_emb=self.condition.d_out, causal=causal)
         self.init_conv = PerFrame(nn.Conv2d(channels, dim, 7, padding=3))
         self.init_time = OverTime(dim, temporal_of(dim))
         self.embed = nn.Sequential(nn.Linear(dim, d_step), nn.GELU(), nn.Linear(d_step, d_step))
         level = lambda c, c_out, resample: nn.ModuleList([
-            ResBlock(c, c_out, d_emb),
-            ResBlock(c_out, c_out, d_emb),
+            block(c, c_out),
+            block(c_out, c_out),
             OverSpace(c_out, LinearAttention(c_out, heads, head_dim=32, out_bias=True)),
             OverTime(c_out, temporal_of(c_out)),
             PerFrame(resample(c_out, c_out, 4, stride=2, padding=1)) if resample else nn.Identity(),
@@ -572,38 +608,42 @@ class UNet3D(nn.Module):
         for i, (c_out, c) in enumerate(reversed(levels)):
             self.ups.append(level(2 * c, c_out, nn.ConvTranspose2d if i < last else None))
         c = widths[-1]
-        self.mid_block1 = ResBlock(c, c, d_emb)
+        self.mid_block1 = block(c, c)
         self.mid_space = OverSpace(c, Attention(c, heads, head_dim=32))
         self.mid_time = OverTime(c, temporal_of(c))
-        self.mid_block2 = ResBlock(c, c, d_emb)
-        self.out_block = ResBlock(2 * dim, dim)
+        self.mid_block2 = block(c, c)
+        self.out_block = ResBlock(2 * dim, dim, causal=causal)
         self.out_conv = PerFrame(nn.Conv2d(dim, out_channels or channels, 1))
 
-    def forward(self, x, t, cond=None, keep=None):
+    def forward(self, x, t, cond=None, keep=None, states=None):
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise ValueError(f"frames of {h}x{w} pixels: height and width must be multiples of {self.factor}")
+        if states is not None and not self.causal:
+            raise ValueError("a network that is not causal remembers nothing: make it with causal=True")
         emb = self.embed(step_embedding(t, self.dim).to(x.dtype))
-        emb = self.condition(emb, cond, keep)  # (b, 32 dim + cond_dim)
-        run = partial(checkpoint, use_reentrant=False) if self.recompute else lambda block, *inp: block(*inp)
+        emb = self.condition(emb, cond, keep)  # (b, 1 or f, 32 dim + cond_dim)
+        past = () if states is None else (states,)
+        recompute = self.recompute and states is None  # a block that runs twice would remember twice
+        run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *inp: block(*inp)
         x = self.init_conv(x.contiguous(memory_format=torch.channels_last_3d))
-        x = run(self.init_time, x)
+        x = run(self.init_time, x, *past)
         first, skips = x, []
 
         for block1, block2, over_space, over_time, halve in self.downs:
             x = run(block2, run(block1, x, emb), emb)
-            x = run(over_time, run(over_space, x))
+            x = run(over_time, run(over_space, x), *past)
             skips.append(x)
             x = halve(x)
 
         x = run(self.mid_block1, x, emb)
-        x = run(self.mid_time, run(self.mid_space, x))
+        x = run(self.mid_time, run(self.mid_space, x), *past)
         x = run(self.mid_block2, x, emb)
 
         for block1, block2, over_space, over_time, double in self.ups:
             x = torch.cat([x, skips.pop()], dim=1)
             x = run(block2, run(block1, x, emb), emb)
-            x = run(over_time, run(over_space, x))
+            x = run(over_time, run(over_space, x), *past)
             x = double(x)
 
         x = run(self.out_block, torch.cat([x, first], dim=1))
@@ -684,57 +724,104 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("noise_rate", (1 - alpha_bar).sqrt().float(), persistent=False)
 
     def rates(self, t):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to scale videos.    t (b) -> two of (b, 1, 1, 1, 1)"""
-        return self.signal_rate[t].view(-1, 1, 1, 1, 1), self.noise_rate[t].view(-1, 1, 1, 1, 1)
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t).    t (b) or (b, f) -> two of (b, 1, 1 or f, 1, 1)"""
+        t = t[:, None].flatten(1)[:, None, :, None, None]
+        return self.signal_rate[t], self.noise_rate[t]
+
+    def add_noise(self, x0, t, eps):
+        """x_t of q(x_t | x_0).    x0, eps (b, c, f, h, w), t (b) or (b, f) -> like x0"""
+        signal, noise = self.rates(t)
+        return signal * x0 + noise * eps
 
     def losses(self, x0, t=None, eps=None, cond=None, keep=None):
-        """Mean squared error for each video.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> (b)
+        """Mean squared error for each frame.    x0 (b, c, f, h, w) in [-1, 1], t (b), eps like x0 -> (b, f)
 
-        cond (b, cond_dim) is shown where keep (b) is True: guidance needs a network that also knows to do
-        without. t, eps and keep are drawn unless given, keep with probability 0.9."""
+        t may be (b, f), a noise level for each frame [17]. cond is shown where keep (b) is True: guidance
+        needs a network that also knows to do without. t (b), eps and keep are drawn unless given, keep with
+        probability 0.9."""
         t = torch.randint(self.steps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         signal, noise = self.rates(t)
         target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.target]
         keep = torch.rand(len(x0), device=x0.device) < 0.9 if keep is None else keep
-        out = self.model(signal * x0 + noise * eps, t, *(() if cond is None else (cond, keep)))
-        return (out.to(x0.dtype) - target).square().mean((1, 2, 3, 4))
+        out = self.model(self.add_noise(x0, t, eps), t, *(() if cond is None else (cond, keep)))
+        return (out.to(x0.dtype) - target).square().mean((1, 3, 4))
 
     def loss(self, *args, **kwargs):
         """The mean of `losses`, with the same arguments.    -> scalar"""
         return self.losses(*args, **kwargs).mean()
 
-    def predict_x0(self, x, t, cond=None):
-        """The network's guess.    x (b, c, f, h, w), t (b), cond (b, cond_dim) -> x0, not clipped"""
+    def predict_x0(self, x, t, cond=None, states=None):
+        """The network's guess.    x (b, c, f, h, w), t (b) or (b, f) -> x0, not clipped
+
+        cond: see `Condition`. states: of a causal network; they stay as they are."""
         signal, noise = self.rates(t)
-        out = self.model(x, t, *(() if cond is None else (cond,))).to(x.dtype)
+        past = {} if states is None else {"states": dict(states)}
+        out = self.model(x, t, *(() if cond is None else (cond,)), **past).to(x.dtype)
         return {"eps": (x - noise * out) / signal, "x0": out, "v": signal * x - noise * out}[self.target]
 
-    def guided_x0(self, x, t, cond=None, guidance=1.0):
+    def guided_x0(self, x, t, cond=None, states=None, guidance=1.0):
         """The guess, moved on from the one without the condition [13], and clipped. See `predict_x0`.
 
         guidance: 0 is the guess without the condition, 1 the one with it, more exaggerates the difference.
         Each target is linear in the guess: it makes no difference which of them is extrapolated."""
-        x0 = self.predict_x0(x, t, None if guidance == 0 else cond)
+        x0 = self.predict_x0(x, t, None if guidance == 0 else cond, states)
         if cond is not None and guidance not in (0, 1):
-            null = self.predict_x0(x, t)
+            null = self.predict_x0(x, t, None, states)
             x0 = null + guidance * (x0 - null)
         return x0.clamp(-1, 1) if self.clip else x0
 
     @torch.no_grad()
-    def sample(self, x, steps=None, sampler=ddim, cond=None, guidance=1.0, progress=iter):
+    def sample(self, x, steps=None, sampler=ddim, cond=None, guidance=1.0, progress=iter, past=None, level=0,
+               states=None):  # fmt: skip
         """Turns noise into videos.    x (b, c, f, h, w) standard normal -> videos, in [-1, 1] if clipped
 
         steps: how many of the schedule's steps are visited, evenly spaced; all by default. sampler: ddim,
         dpm_solver or any function like them; partial(ddim, eta=1.0) is DDPM. cond, guidance: see `guided_x0`.
-        progress: wraps the range of steps, e.g. tqdm. Raises ValueError for steps outside 1..self.steps."""
+        progress: wraps the range of steps, e.g. tqdm. past (b, c, k, h, w): known frames, which the network
+        sees before x and does not change. It must have been trained with a level for each frame. level: the
+        noise in past, 0 for clean frames, more for those of `add_noise`. states: what a causal network
+        remembers, instead of past. Raises ValueError for steps outside 1..self.steps."""
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"cannot sample in {steps} steps: choose 1 to {self.steps}, as the schedule has")
         visited = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
         signal, noise = [*self.signal_rate[visited].tolist(), 1.0], [*self.noise_rate[visited].tolist(), 0.0]
-        denoise = lambda x, t: self.guided_x0(x, torch.full((len(x),), t, device=x.device), cond, guidance)
+
+        def denoise(x, t):
+            t = torch.full((len(x), x.shape[2]), t, device=x.device)
+            if past is None:
+                return self.guided_x0(x, t[:, 0], cond, states, guidance)
+            k, both = past.shape[2], torch.cat([past, x], dim=2)
+            t = F.pad(t, (k, 0), value=level)  # (b, k + f)
+            return self.guided_x0(both, t, cond, states, guidance)[:, :, k:]
+
         return sampler(denoise, x, visited, signal, noise, progress=progress)
+
+
+@torch.no_grad()
+def stream(diffusion, draw, past=None, cond=None, steps=5, level=None, **sampling):
+    """Frames without end, in constant time and memory, from a causal network.    -> yields (b, c, 1, h, w)
+
+    Each frame is denoised in `steps` from what the network remembers, then shown to it once more at a small
+    noise level, with that noise added: only this pass is remembered. The network has been trained on noisy
+    frames, and so small errors of its own do not add up [17]. draw: function that returns standard normal
+    noise (b, c, 1, h, w). past: frames (b, c, k, h, w) to begin after. cond: (b, cond_dim) for all frames, or
+    an iterable of such, one for each frame, which ends the stream. level: 0..diffusion.steps - 1, by default
+    an eighth of the steps. sampling: as in `GaussianDiffusion.sample`."""
+    states, level = {}, diffusion.steps // 8 if level is None else level
+
+    def remember(x0, eps, cond):
+        t = torch.full((len(x0),), level, device=x0.device)
+        diffusion.model(diffusion.add_noise(x0, t, eps), t, cond, states=states)
+
+    one_for_all = cond is None or torch.is_tensor(cond)
+    if past is not None:
+        remember(past, torch.cat([draw() for _ in past.unbind(2)], dim=2), cond if one_for_all else None)
+    for cond_k in cycle([cond]) if one_for_all else cond:
+        x0 = diffusion.sample(draw(), steps, cond=cond_k, states=states, **sampling)
+        remember(x0, draw(), cond_k)
+        yield x0
 
 
 # -----------------------------------------------------------------------------
@@ -753,9 +840,10 @@ DIM_SIZES = {"S": dict(depth=12, d=384), "B": dict(depth=12, d=768), "L": dict(d
 
 
 class DiMBlock(nn.Module):
-    """x + gate * mamba(scale * norm(x) + shift).    x (b, l, d), emb (b, d_emb) -> (b, l, d)
+    """x + gate * mamba(scale * norm(x) + shift).    x (b, l, d), emb (b, 1 or f, d_emb) -> (b, l, d)
 
-    The identity at first, whatever emb is: adaLN-zero [16]. Needs: MambaBlock, S6."""
+    The l tokens are those of f frames. The identity at first, whatever emb is: adaLN-zero [16].
+    Needs: MambaBlock, S6."""
 
     def __init__(self, d, d_emb, n=16):
         super().__init__()
@@ -766,28 +854,32 @@ class DiMBlock(nn.Module):
         nn.init.zeros_(self.to_modulation.bias)
 
     def forward(self, x, emb):
-        scale, shift, gate = rearrange(self.to_modulation(F.silu(emb)), "b (three d) -> three b 1 d", three=3)
-        return x + gate * self.mamba(self.norm(x) * (scale + 1) + shift)
+        emb = self.to_modulation(F.silu(emb))
+        scale, shift, gate = rearrange(emb, "b f (three d) -> three b f 1 d", three=3)
+        by_frame = lambda x: x.unflatten(1, (emb.shape[1], -1))  # (b, 1 or f, tokens, d)
+        y = self.mamba((by_frame(self.norm(x)) * (scale + 1) + shift).flatten(1, 2))
+        return x + (gate * by_frame(y)).flatten(1, 2)
 
 
 class DiM(nn.Module):
     """Network of Mamba blocks.    x (b, c, f, h, w), t (b), cond (b, cond_dim) -> (b, c_out, f, h, w)
 
-    patch: side of a patch in pixels; d: width, a multiple of 8 from 16 on; depth: number of blocks, DIM_SIZES
-    names some; n: state size. channels, out_channels: of the videos. cond_dim, cond, keep: see `Condition`.
-    recompute: as in UNet3D. An image is a video of one frame. The output is 0 at first. Raises ValueError for
-    another d, and in `forward` for a height or width that is no multiple of the patch. Source: [15], [16]."""
+    t may be (b, f), and cond (b, f, cond_dim). patch: side of a patch in pixels; d: width, a multiple of 8
+    from 16 on; depth: number of blocks, DIM_SIZES names some; n: state size. channels, out_channels: of the
+    videos. cond_dim, add_cond, cond, keep: see `Condition`. recompute: as in UNet3D. An image is a video of
+    one frame. The output is 0 at first. Raises ValueError for another d, and in `forward` for a height or
+    width that is no multiple of the patch. Source: [15], [16]."""
 
     def __init__(self, patch=2, d=384, depth=12, n=16, channels=3, out_channels=None, cond_dim=None,
-                 recompute=False):  # fmt: skip
+                 add_cond=False, recompute=False):  # fmt: skip
         super().__init__()
         if d < 16 or d % 8:
             raise ValueError(f"a width of {d}: choose a multiple of 8 from 16 on, which positions share out")
         self.d, self.factor, self.recompute = d, patch, recompute
         self.patch_in = nn.Linear(channels * patch**2, d)
         self.embed = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
-        self.condition = Condition(cond_dim)
-        self.blocks = nn.ModuleList(DiMBlock(d, d + (cond_dim or 0), n) for _ in range(depth))
+        self.condition = Condition(d, cond_dim, add_cond)
+        self.blocks = nn.ModuleList(DiMBlock(d, self.condition.d_out, n) for _ in range(depth))
         self.norm = nn.LayerNorm(d)
         self.patch_out = nn.Linear(d, (out_channels or channels) * patch**2)
         nn.init.zeros_(self.patch_out.weight)
@@ -807,7 +899,7 @@ class DiM(nn.Module):
         if h % p or w % p:
             raise ValueError(f"frames of {h}x{w} pixels: both sides must be multiples of the patch, {p}")
         emb = self.embed(step_embedding(t, self.d).to(x.dtype))
-        emb = self.condition(emb, cond, keep)  # (b, d + cond_dim)
+        emb = self.condition(emb, cond, keep)  # (b, 1 or f, d + cond_dim)
         x = self.patch_in(rearrange(x, "b c f (h p) (w q) -> b f h w (c p q)", p=p, q=p))
         x = x + self.position(*x.shape[1:4]).to(x.dtype)  # (b, f, h/p, w/p, d)
         x = rearrange(x, "b f h w d -> b (f h w) d")
@@ -1017,11 +1109,9 @@ def check_scan(b=4, l=100, d=32, n=16):
 
 def check_recurrence(core, b=2, l=100, d=32):
     """Print how far an SSM that takes all frames at once is from its recurrence."""
-    ssm, u, ys, state = core(d), torch.randn(b, l, d), [], 0
-    for u_k in u.unbind(1):
-        y_k, state = ssm.step(u_k, state)
-        ys.append(y_k)
-    print(f"{core.__name__}, at once and frame by frame: {relative_error(ssm(u), torch.stack(ys, 1)):.0e}")
+    ssm, u, states = core(d), torch.randn(b, l, d), {}
+    y = torch.cat([ssm(u_k, states=states) for u_k in u.split(1, dim=1)], dim=1)
+    print(f"{core.__name__}, at once and frame by frame: {relative_error(ssm(u), y):.0e}")
 
 
 def table_of_layers(names=TEMPORAL_LAYERS[:13], pixels=64, d=64):

@@ -27,7 +27,7 @@ def test_at_first_the_output_is_zero_and_every_block_is_the_identity():
     model = small(cond_dim=3)
     assert model(torch.randn(2, 3, 4, 8, 8), T, torch.randn(2, 3)).abs().max() == 0
     x = torch.randn(2, 7, 16)
-    assert all(torch.equal(block(x, torch.randn(2, 19)), x) for block in model.blocks)
+    assert all(torch.equal(block(x, torch.randn(2, 1, 19)), x) for block in model.blocks)
 
 
 def test_unpatchify_is_the_inverse_of_patchify():

@@ -259,7 +259,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch):
     run("--steps", 2, "--out", "run")
-    nan = lambda self, x, *_: next(self.parameters()).sum() * float("nan") * torch.ones(len(x))
+    nan = lambda self, x, *_: next(self.parameters()).sum() * float("nan") * torch.ones(len(x), x.shape[2])
     monkeypatch.setattr(train.GaussianDiffusion, "losses", nan)
     assert "lower --lr" in refuses("--resume", "run", "--steps", 30, "--device", "cpu")
     assert steps_of("run") == [2] and log("run", "step") == [1, 2]

@@ -1,0 +1,169 @@
+"""A level for each frame, known frames, causal networks, streams."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_dim import NETWORKS
+from test_unet import fill
+
+from vdm_ssm import SSM_LAYERS, TEMPORAL_LAYERS, GaussianDiffusion, UNet3D, ddim, dpm_solver, stream
+
+
+def relative_error(value, reference):
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def causal(name, **options):
+    torch.manual_seed(0)
+    return fill(UNet3D(dim=8, dim_mults=(1, 2), heads=2, temporal=name, causal=True, **options))
+
+
+def video(frames, **options):
+    return torch.randn(2, 3, frames, 8, 6, generator=torch.Generator().manual_seed(1), **options)
+
+
+@pytest.mark.parametrize("make", [*NETWORKS.values(), lambda **options: causal("mamba", **options)])
+@pytest.mark.parametrize("added", [False, True])
+def test_steps_and_conditions_repeated_over_the_frames_are_those_of_the_video(make, added):
+    model, x, t = fill(make(cond_dim=3, add_cond=added)).double(), video(5).double(), torch.tensor([3, 200])
+    cond, f = torch.randn(2, 3).double(), 5
+    y = model(x, t, cond)
+    for t_k, cond_k in ((t[:, None].expand(2, f), cond), (t, cond[:, None].expand(2, f, 3)),
+                        (t[:, None].expand(2, f), cond[:, None].expand(2, f, 3))):  # fmt: skip
+        assert relative_error(model(x, t_k, cond_k), y) < 1e-10
+    other = t[:, None].repeat(1, f)
+    other[:, 3] += 7
+    assert relative_error(model(x, other, cond)[:, :, 3], y[:, :, 3]) > 1e-4
+
+
+@pytest.mark.parametrize("make", NETWORKS.values())
+def test_a_level_of_one_frame_changes_that_frame_most(make):
+    model, x, t = fill(make()).double(), video(5).double(), torch.full((2, 5), 100)
+    other = t.clone()
+    other[:, 2] = 10
+    change = (model(x, other) - model(x, t)).square().sum((0, 1, 3, 4))
+    assert change.argmax() == 2
+
+
+@pytest.mark.parametrize("name", SSM_LAYERS)
+def test_a_causal_network_does_not_see_what_follows(name):
+    model, x, t = causal(name), video(9), torch.tensor([3, 200])
+    later = torch.cat([x[:, :, :5], 3 * x[:, :, 5:] + 1], dim=2)
+    y, z = model(x, t), model(later, t)
+    # S4D takes an FFT, which mixes the rounding of all frames.
+    assert torch.equal(y[:, :, :5], z[:, :, :5]) or "s4d" in name and relative_error(z[:, :, :5], y[:, :, :5]) < 1e-5
+    assert relative_error(z[:, :, 5], y[:, :, 5]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bi-mamba", "bi-s4d", "mamba"])
+def test_other_networks_do(name):  # forward-only ones by the official GroupNorm, over all frames
+    model, x, t = fill(UNet3D(dim=8, dim_mults=(1, 2), temporal=name)), video(9), torch.tensor([3, 200])
+    later = torch.cat([x[:, :, :5], 3 * x[:, :, 5:] + 1], dim=2)
+    assert relative_error(model(later, t)[:, :, :5], model(x, t)[:, :, :5]) > 1e-3
+
+
+@pytest.mark.parametrize("name", SSM_LAYERS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_frame_by_frame_and_in_pieces_a_causal_network_computes_the_whole_clip(name, amp):
+    model, x, t = causal(name), video(64), torch.randint(256, (2, 64))
+    # The recurrence of S4D rounds unlike its FFT, and bfloat16 makes of any difference its own error, 1.5 %.
+    bound = 1e-5 if not amp else 2e-2 if "s4d" in name else 1e-3
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if amp else nullcontext():
+        whole = model(x, t)
+        for sizes in ([1] * 64, [1, 30, 2, 31]):
+            states, ys = {}, []
+            for x_k, t_k in zip(x.split(sizes, dim=2), t.split(sizes, dim=1)):
+                frozen = {layer: state.clone() for layer, state in states.items()}
+                past = dict(states)
+                ys.append(model(x_k, t_k, states=states))
+                assert all(torch.equal(past[layer], frozen[layer]) for layer in frozen)
+            assert relative_error(torch.cat(ys, dim=2), whole) < bound
+
+
+def test_a_layer_that_sees_the_future_is_refused():
+    for name in set(TEMPORAL_LAYERS) - set(SSM_LAYERS):
+        with pytest.raises(ValueError, match="mamba"):
+            UNet3D(dim=8, temporal=name, causal=True)
+    with pytest.raises(ValueError, match="causal=True"):
+        UNet3D(dim=8, dim_mults=(1, 2), temporal="mamba")(video(2), torch.tensor([1, 2]), states={})
+
+
+def gaussian_process(f, steps=256):
+    """Correlation 0.9^distance over time, mean 1, and a diffusion around its best denoiser, at any levels."""
+    covariance = 0.9 ** (torch.arange(f)[:, None] - torch.arange(f)).abs().double()
+
+    def best(x, t):
+        signal, noise = (r.expand(len(x), 1, f, 1, 1).flatten(1) for r in d.rates(t))  # (b, f)
+        seen = signal[:, :, None] * covariance * signal[:, None] + torch.diag_embed(noise**2)
+        gain = covariance * signal[:, None] @ torch.linalg.inv(seen)  # (b, f, f)
+        return (1 + gain @ (x.flatten(1) - signal)[..., None]).view_as(x)
+
+    d = GaussianDiffusion(best, steps, target="x0", clip=False).double()
+    return covariance, d
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_samples_given_the_past_of_a_gaussian_process_have_the_conditional_mean_and_covariance(sampler):
+    k, f = 3, 4
+    K, d = gaussian_process(k + f)
+    past = torch.tensor([2.0, -1.0, 0.5]).double()
+    mean = 1 + K[k:, :k] @ torch.linalg.inv(K[:k, :k]) @ (past - 1)
+    covariance = K[k:, k:] - K[k:, :k] @ torch.linalg.inv(K[:k, :k]) @ K[:k, k:]
+    # A sample is a linear function of its noise: row 0 gives the mean, the others the columns of the root.
+    noise = torch.cat([torch.zeros(1, f), torch.eye(f)]).double().view(-1, 1, f, 1, 1)
+    y = d.sample(noise, sampler=sampler, past=past.view(1, 1, k, 1, 1).expand(f + 1, -1, -1, -1, -1)).flatten(1)
+    root = y[1:] - y[0]
+    assert relative_error(y[0], mean) < 0.01 and relative_error(root.T @ root, covariance) < 0.02
+    free = d.sample(torch.randn(1, 1, k + f, 1, 1).double()).flatten(1)
+    assert free.shape == (1, k + f)
+
+
+class Kalman:
+    """The best causal denoiser of x_k = 0.9 x_{k-1} + noise of variance 0.19, whose variance is 1."""
+
+    def __call__(self, x, t, cond=None, states=None):
+        signal, noise = self.diffusion.rates(t)
+        mean, variance = (states or {}).get(self, (torch.zeros_like(x), 1.0))
+        gain = variance * signal / (signal**2 * variance + noise**2)
+        guess = mean + gain * (x - signal * mean)
+        if states is not None:
+            states[self] = 0.9 * guess, 0.81 * variance * (1 - gain * signal) + 0.19
+        return guess
+
+
+@pytest.mark.parametrize("level, correlation", [(0, 0.9), (64, None)])
+def test_a_stream_of_an_autoregressive_process_keeps_its_variance_and_correlation(level, correlation):
+    torch.manual_seed(0)
+    model = Kalman()
+    model.diffusion = d = GaussianDiffusion(model, target="x0", clip=False).double()
+    draw, ended = lambda: torch.randn(2000, 1, 1, 1, 1).double(), [None] * 40
+    x = torch.cat(list(stream(d, draw, cond=ended, level=level, steps=256)), dim=2).flatten(1)  # (2000, 40)
+    assert x.shape == (2000, 40)
+    assert abs(x.mean(0)).max() < 0.1 and abs(x.var(0) - 1).max() < 0.12
+    if correlation is not None:
+        assert abs((x[:, 1:] * x[:, :-1]).mean() - correlation) < 0.02
+
+
+def test_a_stream_begins_after_given_frames():
+    torch.manual_seed(0)
+    model = Kalman()
+    model.diffusion = d = GaussianDiffusion(model, target="x0", clip=False).double()
+    draw, past = lambda: torch.randn(2000, 1, 1, 1, 1).double(), torch.full((2000, 1, 1, 1, 1), 3.0).double()
+    first = next(stream(d, draw, past, steps=64, level=0))
+    assert abs(first.mean() - 2.7) < 0.05 and abs(first.var() - 0.19) < 0.03
+
+
+def test_a_stream_follows_the_conditions_of_its_frames():
+    model = causal("mamba", cond_dim=2, add_cond=True)
+    d = GaussianDiffusion(model, target="v")
+    conds = torch.randn(2, 6, 2)
+
+    def run(cond):
+        torch.manual_seed(0)
+        return torch.cat(list(stream(d, lambda: torch.randn(2, 3, 1, 8, 6), cond=cond, steps=3)), dim=2)
+
+    changed = conds.clone()
+    changed[:, 4] += 1
+    one, two = run(conds.unbind(1)), run(changed.unbind(1))
+    assert one.shape[2] == 6 and torch.equal(one[:, :, :4], two[:, :, :4]) and not torch.equal(one, two)
