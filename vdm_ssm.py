@@ -1021,7 +1021,7 @@ class SelectiveScan(torch.autograd.Function):
         ctx.dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
         tiles, chunks, *parameters = SelectiveScan.cut(ctx, u, A, D)
         starts = u.new_empty(len(chunks), len(u), *A.T.shape, dtype=ctx.dtype)  # the state before each chunk
-        y, last_state = torch.empty_like(u), torch.empty_like(initial_state, dtype=ctx.dtype)
+        y, last_state = torch.empty_like(u), torch.empty_like(starts[0]).mT  # (b, d, n), d innermost
         in_order = lambda x: x.flip(1) if reverse else x.contiguous()
         chunk = SelectiveScan.compiled(SelectiveScan.frames) if compiled else SelectiveScan.chunk
         with torch.autocast(u.device.type, enabled=False):
