@@ -132,10 +132,10 @@ def mambapy_scan(u, dt, A, B, C, D):
     return (states @ C[..., None].to(states.dtype)).squeeze(-1) + D * u
 
 
-def mamba_ssm_scan(u, dt, A, B, C, D):  # u, dt (b, d, l), B, C (b, n, l)
+def mamba_ssm_scan(*inputs):  # u, dt (b, d, l), A, B, C (b, n, l), D
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return selective_scan_fn(u, dt, A, B, C, D)
+    return selective_scan_fn(*inputs)
 
 
 PEERS = {"mambapy": mambapy_scan, "mamba_ssm": mamba_ssm_scan, "naive": naive_scan}
@@ -227,12 +227,12 @@ def bench_unet(variants=VARIANTS, frames=(16, 64), size=32, batch=1, dim=32, hea
                repeats=5, device="cpu"):  # fmt: skip
     variants = [*(OFFICIAL if official else ()), *variants]
     for sizes in ((f, size, batch, dim, heads) for f in frames):
+        title = f"{batch} x {sizes[0]} frames, {size}x{size} pixels"
         if fake:
-            records = {name: {"peak": step_bytes(name, *sizes, fake=True)} for name in variants}
+            yield title, {name: {"peak": step_bytes(name, *sizes, fake=True)} for name in variants}
         else:
             calls = {name: training_step(name, *sizes, device, official) for name in variants}
-            records = time_in_turns(calls, repeats, device)
-        yield f"{batch} x {sizes[0]} frames, {size}x{size} pixels", records
+            yield title, time_in_turns(calls, repeats, device)
 
 
 def bench_data(sources=("maze",), frames=16, size=32, batch=8, repeats=5):
@@ -253,23 +253,20 @@ def main(argv=None):
     for bench in bench_scan, bench_unet, bench_data:  # their arguments are the options
         command = commands.add_parser(bench.__name__.removeprefix("bench_"))
         command.set_defaults(bench=bench)
-        command.add_argument("--json", metavar="FILE", help="times in seconds and peaks in bytes go to it")
+        command.add_argument("--json", help="file for times in seconds and peaks in bytes")
         for key, default in ((p.name, p.default) for p in signature(bench).parameters.values()):
-            one = default[0] if isinstance(default, tuple) else default
-            kind = {"type": type(one), "nargs": None if one is default else "+"}
-            kind = {"action": "store_true"} if default is False else kind
+            one, nargs = (default[0], "+") if isinstance(default, tuple) else (default, None)
+            kind = {"action": "store_true"} if one is False else {"type": type(one), "nargs": nargs}
             command.add_argument(f"--{key}", default=default, help="default: %(default)s", **kind)
-    options = vars(parser.parse_args(argv))
+    options, tables = vars(parser.parse_args(argv)), []
     bench, file = options.pop("bench"), options.pop("json")
-    record = options | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(record)
-    record["results"] = []
+    print(about := options | {"torch": torch.__version__, "threads": torch.get_num_threads()})
     torch._dynamo.config.recompile_limit = 64  # each width has a graph of its own
     for title, records, *units in bench(**options):
         show(title, records, *units)
-        record["results"].append({"title": title, "records": records})
+        tables.append({"title": title, "records": records})
     if file:
-        Path(file).write_text(json.dumps(record, indent=1))
+        Path(file).write_text(json.dumps(about | {"results": tables}, indent=1))
 
 
 if __name__ == "__main__":
