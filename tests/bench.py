@@ -98,7 +98,7 @@ def time_in_turns(calls, repeats=5, device="cpu"):
     for name, record in records.items():
         base = next(iter(records.values()))["seconds"]
         record["ratio"] = median(a / b for a, b in zip(record["seconds"], base))
-        if device != "cpu" or "compile" not in name:
+        if device != "cpu" or "compile" not in name:  # whose memory a CPU does not show
             record["peak"] = peak_bytes(calls[name], device)
     return records
 
