@@ -1,44 +1,34 @@
-"""Time and memory of every part, beside other ways to do the same.
+"""Time and memory, beside other ways to do the same.
 
     python tests/bench.py scan --peers             the scan beside mambapy, mamba_ssm and a naive loop
-    python tests/bench.py scan --peers --device cuda --dtype bfloat16
-    python tests/bench.py layers --frames 16 64    every temporal layer alone
     python tests/bench.py unet --official CLONE    training steps, beside a clone of the official code
-    python tests/bench.py unet --variants attention-explicit bi-mamba bi-mamba+recompute bi-mamba+amp+compile
+    python tests/bench.py unet --device cuda --variants attention-explicit bi-mamba bi-mamba+amp+compile
     python tests/bench.py unet --fake --frames 256 --batch 8     memory alone, of steps that need not fit
-    python tests/bench.py data                     batches of the maze, and of a folder's cache
+    python tests/bench.py data --sources maze FOLDER             batches of videos
 
-Time: forward + backward, in `unet` with Adam's step. After one call ahead ("first call": torch.compile
-compiles) the rows of a table take turns in one process, in alternating order: a busy moment hits them all. A
-row that has used 20 seconds takes two turns. Shown are median (min-max) and, as "ratio", the median of the
-ratios to the first row's time, turn by turn. A busy machine moves it by 20 to 30 % from run to run.
+Time: forward + backward, in `unet` with Adam's step. After a first call the rows of a table take turns, so
+that a busy moment hits them all. "ratio" is the median of the ratios to the first row's time, turn by turn.
 
-Memory: "peak" is the most bytes alive in a call, above inputs and weights; outputs and gradients count. To it
-`unet` adds weights and Adam's two averages, but not train.py's average of the weights. CUDA's allocator knows
-it. On a CPU it is counted from the storages of tensors: the same on every machine, without workspaces inside
-operators, fragmentation, and compiled code ("-"). --fake counts so without data, as on a CPU. E is one
-float32 tensor (b, l, d, n), which a scan should not hold.
+Memory: "peak" is the most bytes alive in a call, above inputs; in `unet` with weights and Adam's averages.
+CUDA's allocator knows it. On a CPU it is counted from the storages of tensors: the same on every machine,
+without workspaces inside operators and compiled code ("-"). E is one float32 tensor (b, l, d, n).
 
-Peers that hold (b, l, d, n) wait for memory of the system; MALLOC_MMAP_THRESHOLD_=8589934592
-MALLOC_TRIM_THRESHOLD_=17179869184 is kind to them. mambapy is called without what its block makes around the
-scan, mamba_ssm in its own layout. "attention-explicit" is torch's MATH kernel: it holds l x l scores as the
-papers' baseline does. A CPU takes it for "attention" too, whose bias is learned.
+"attention-explicit" is torch's MATH kernel, which holds l x l scores as the papers' baseline does. A CPU
+takes it for "attention" too, whose bias is learned. mamba_ssm is called in its own layout.
 """
 
 import argparse
-import contextlib
-import importlib
 import json
-import math
-import statistics
 import sys
 import tempfile
 import time
 import weakref
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
+from statistics import median
 from unittest.mock import MagicMock, patch
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,19 +38,6 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vdm_ssm
-from vdm_ssm import TEMPORAL_LAYERS, selective_scan, selective_scan_loop
-
-explicit = sdpa_kernel(SDPBackend.MATH)  # a decorator: attention holds l x l scores
-COMMON = dict(device="cpu", threads=torch.get_num_threads(), repeats=5, json="")
-OPTIONS = {
-    "scan": dict(shapes=["256x16x128x16", "256x64x128x16", "64x256x128x16", "64x64x512x16", "16x1024x128x16"],
-                 dtype="float32", peers=False),
-    "layers": dict(variants=["attention-explicit", *TEMPORAL_LAYERS], frames=[16, 64], pixels=32, dim=64),
-    "unet": dict(variants=["attention-explicit", "attention", "bi-s4d", "bi-mamba", "bi-mamba+recompute"],
-                 frames=[16, 64], size=32, batch=1, dim=32, heads=4, official="", fake=False),
-    "data": dict(frames=16, size=32, batch=8),
-}  # fmt: skip
-OFFICIAL = {"official-attention": "attn", "official-linear-attention": "l-attn"}  # our names, and that code's
 
 
 class PeakMemory(TorchDispatchMode):
@@ -87,69 +64,54 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-def peak(call, device="cpu"):
-    """The most bytes alive in a call, and those that it says to be `held` besides."""
-    held = getattr(call, "held", 0)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before + held
-    with PeakMemory() as memory:
-        call()
-    return memory.peak + held
-
-
-def seconds(call, device):
-    """Wall time of a call, the device's work included."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    start = time.perf_counter()
+def peak_bytes(call, device="cpu"):
+    """The most bytes alive in a call, above those alive before it, and those in `call.held`."""
+    if device == "cpu":
+        with PeakMemory() as memory:
+            call()
+        return memory.peak + getattr(call, "held", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     call()
-    wait()
-    return time.perf_counter() - start
+    return torch.cuda.max_memory_allocated(device) - before + getattr(call, "held", 0)
 
 
-def measure(calls, args, count=True):
-    """Take turns.    {name: call} -> {name: {"first", "seconds", "ratio", "peak"}} of those that can run"""
+def time_in_turns(calls, repeats=5, device="cpu"):
+    """Measure the rows of a table.    {name: call} -> {name: {"first", "seconds", "ratio", "peak"}}
+
+    Every second turn goes from the last row to the first. A row that cannot run is left out.
+    """
     torch.compiler.reset()  # else a second shape is compiled for all shapes
-    records = {}
-    for name, call in calls.items():
-        try:
-            records[name] = {"first": seconds(call, args.device), "seconds": []}
-        except (torch.OutOfMemoryError, ImportError) as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
-    for turn in range(args.repeats):
-        for name in list(records)[:: -1 if turn % 2 else 1]:
-            if turn < 2 or sum(records[name]["seconds"]) < 20:
-                records[name]["seconds"].append(seconds(calls[name], args.device))
+    wait, times = torch.get_device_module(torch.device(device)).synchronize, {name: [] for name in calls}
+    for turn in range(1 + repeats):  # turn 0 are the first calls
+        for name in list(times)[:: -1 if turn % 2 else 1]:
+            try:
+                wait()
+                start = time.perf_counter()
+                calls[name]()
+                wait()
+                times[name].append(time.perf_counter() - start)
+            except (torch.OutOfMemoryError, ImportError) as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                del times[name]
+    records = {name: {"first": first, "seconds": seconds} for name, (first, *seconds) in times.items()}
     for name, record in records.items():
-        pairs = zip(record["seconds"], next(iter(records.values()))["seconds"])
-        record["ratio"] = statistics.median(a / b for a, b in pairs)
-        if count and (args.device.startswith("cuda") or "compile" not in name):
-            record["peak"] = peak(calls[name], args.device)
+        base = next(iter(records.values()))["seconds"]
+        record["ratio"] = median(a / b for a, b in zip(record["seconds"], base))
+        if device != "cpu" or "compile" not in name:  # whose memory a CPU does not show
+            record["peak"] = peak_bytes(calls[name], device)
     return records
 
 
-def show(title, records, unit="ms", of=lambda s: 1e3 * s, size="MiB", whole=2**20):
-    """Print a table.    of: seconds in `unit`; whole: bytes of one `size`"""
+def show(title, records, unit="ms", second=1e3, size="MiB", whole=2**20):
+    """Print a table with median (min-max) of times.    second: in `unit`; whole: bytes of one `size`"""
     number = lambda x: f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
-    spread = lambda xs: "{} ({}-{})".format(*(number(f(map(of, xs))) for f in (statistics.median, min, max)))
+    spread = lambda xs: "{} ({}-{})".format(*(number(second * f(xs)) for f in (median, min, max)))
     cells = {"seconds": spread, "ratio": number, "first": number, "peak": lambda x: number(x / whole)}
     print(f"\n| {title} | {unit} | ratio | first call, s | peak, {size} |\n|---|---:|---:|---:|---:|")
     for name, record in records.items():
         row = [cell(record[key]) if key in record else "-" for key, cell in cells.items()]
         print("|", " | ".join([name, *row]), "|", flush=True)
-
-
-def both(function, inputs, dy, weights=()):
-    """Forward and backward, as a call."""
-
-    def call():
-        y = function(*inputs)
-        torch.autograd.grad(y, [*inputs, *weights], dy.to(y.dtype))
-
-    return call
 
 
 def naive_scan(u, dt, A, B, C, D):
@@ -170,77 +132,64 @@ def mambapy_scan(u, dt, A, B, C, D):
     return (states @ C[..., None].to(states.dtype)).squeeze(-1) + D * u
 
 
-def mamba_ssm_scan(u, dt, A, B, C, D):  # u, dt (b, d, l), B, C (b, n, l)
+def mamba_ssm_scan(*inputs):  # u, dt (b, d, l), A, B, C (b, n, l), D
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return selective_scan_fn(u, dt, A, B, C, D)
+    return selective_scan_fn(*inputs)
 
 
 PEERS = {"mambapy": mambapy_scan, "mamba_ssm": mamba_ssm_scan, "naive": naive_scan}
-OURS = {"ours": selective_scan, "ours, compiled": torch.compile(selective_scan),
-        "ours, dt to 10": selective_scan, "definition": selective_scan_loop}  # fmt: skip
+OURS = {"ours": vdm_ssm.selective_scan, "ours, compiled": torch.compile(vdm_ssm.selective_scan),
+        "ours, dt to 10": vdm_ssm.selective_scan, "definition": vdm_ssm.selective_scan_loop}  # fmt: skip
+SHAPES = "256x16x128x16", "256x64x128x16", "64x256x128x16", "64x64x512x16", "16x1024x128x16"
 
 
-def scan_call(args, name, b, l, d, n):
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        (u, dy), (B, C) = torch.randn(2, b, l, d), torch.randn(2, b, l, n)
-        longest = 10 if "dt to 10" in name else 0.1  # dt is log-uniform from 0.001 to this; 0.1 is Mamba's
-        dt = 1e-3 * torch.exp(math.log(1e3 * longest) * torch.rand(b, l, d))
-        A, D = -torch.arange(1.0, n + 1).repeat(d, 1), torch.ones(d)
-    series = [x.to(getattr(torch, args.dtype)) for x in (u, dt, B, C, dy)]
-    u, dt, B, C, dy = [x.mT.contiguous() for x in series] if name == "mamba_ssm" else series
-    return both((PEERS | OURS)[name], [x.requires_grad_() for x in (u, dt, A, B, C, D)], dy)
-
-
-def bench_scan(args):
-    for shape in args.shapes:
-        shape = list(map(int, shape.split("x")))
-        calls = {name: scan_call(args, name, *shape) for name in (PEERS | OURS if args.peers else OURS)}
-        size = math.prod(shape)
-        units = "ns per element", lambda s: 1e9 * s / size, "E", 4 * size
-        yield f"(b, l, d, n) = {shape}", measure(calls, args), *units
-
-
-def bench_layers(args):
-    for frames in args.frames:
-        calls = {}
-        for name in args.variants:
+def bench_scan(shapes=SHAPES, dtype="float32", peers=False, repeats=5, device="cpu"):
+    for b, l, d, n in (map(int, shape.split("x")) for shape in shapes):
+        calls, size = {}, b * l * d * n
+        for name, scan in (PEERS | OURS if peers else OURS).items():
             torch.manual_seed(0)
-            with torch.device(args.device):
-                layer = vdm_ssm.temporal_layer(name.removesuffix("-explicit"))(args.dim)
-                x, dy = torch.randn(2, args.pixels, frames, args.dim)
-            call = both(layer, [x.requires_grad_()], dy, [p for p in layer.parameters() if p.requires_grad])
-            row = f"{name}, {sum(p.numel() for p in layer.parameters()):,} parameters"
-            calls[row] = explicit(call) if "-explicit" in name else call
-        yield f"{args.pixels} pixels, {frames} frames, width {args.dim}", measure(calls, args)
+            with torch.device(device):
+                (u, dy), (B, C) = torch.randn(2, b, l, d), torch.randn(2, b, l, n)
+                longest = 10 if "dt to 10" in name else 0.1  # dt is log-uniform from 0.001; Mamba's is to 0.1
+                dt = 1e-3 * (1e3 * longest) ** torch.rand(b, l, d)
+                A, D = -torch.arange(1.0, n + 1).repeat(d, 1), torch.ones(d)
+            series = [x.to(getattr(torch, dtype)) for x in (u, dt, B, C, dy)]
+            u, dt, B, C, dy = [x.mT.contiguous() for x in series] if name == "mamba_ssm" else series
+            inputs = [x.requires_grad_() for x in (u, dt, A, B, C, D)]
+            calls[name] = lambda f=scan, xs=inputs, dy=dy: torch.autograd.grad(f(*xs), xs, dy)
+        units = "ns per element", 1e9 / size, "E", 4 * size
+        yield f"(b, l, d, n) = {[b, l, d, n]}", time_in_turns(calls, repeats, device), *units
+
+
+VARIANTS = "attention-explicit", "attention", "bi-s4d", "bi-mamba", "bi-mamba+recompute"
+OFFICIAL = {"official-attention": "attn", "official-linear-attention": "l-attn"}  # our names, and that code's
 
 
 def official_unet(clone, name, dim, heads):
     """The network of the official code; it wants einops-exts and rotary-embedding-torch."""
-    package = "video_diffusion_pytorch"  # whose __init__ would import everything
-    absent = ["wandb", "torchvision", "torchvision.datasets"]
-    absent += [f"{package}.text", f"{package}.long_video_datasets"]
-    stubs = {package: MagicMock(__path__=[f"{clone}/{package}"], __spec__=None)}
-    stubs |= {name: MagicMock() for name in absent}
-    with patch.dict(sys.modules, stubs):
-        module = importlib.import_module(f"{package}.wip_video_diffusion_pytorch")
-    module.prob_mask_like = lambda *args, **kwargs: None  # instead of zeros, whose numbers it asks for
-    return module.Unet3D(dim, attn_heads=heads, temporal_arch=OFFICIAL[name])
+    code = "video_diffusion_pytorch"
+    absent = "wandb", "torchvision", "torchvision.datasets", f"{code}.text", f"{code}.long_video_datasets"
+    stubs = patch.dict(sys.modules, {module: MagicMock() for module in absent})  # its training loop's
+    with stubs, patch.object(sys, "path", [clone, *sys.path]):
+        from video_diffusion_pytorch.wip_video_diffusion_pytorch import Unet3D
+    return Unet3D(dim, attn_heads=heads, temporal_arch=OFFICIAL[name])
 
 
-def unet_call(variant, frames, size=32, batch=1, dim=32, heads=4, device="cpu", official=""):
-    """A training step.    variant: a temporal layer and options, "bi-mamba+amp+compile"; official: a clone"""
+def training_step(variant, frames, size=32, batch=1, dim=32, heads=4, device="cpu", official=""):
+    """A training step of a U-Net, as a call; its `held` are the bytes of weights and Adam's averages.
+
+    variant: a temporal layer, "attention-explicit", or one of OFFICIAL of the clone `official`; then options:
+    "bi-mamba+amp+compile+recompute".
+    """
     name, *options = variant.split("+")
     if set(options) - {"amp", "compile", "recompute"}:
         raise ValueError(f"{variant}: the options are +amp, +compile and +recompute")
     torch.manual_seed(0)
     with torch.device(device):
-        if name in OFFICIAL:
-            model = official_unet(official, name, dim, heads)
-        else:
-            temporal, recompute = name.removesuffix("-explicit"), "recompute" in options
-            model = vdm_ssm.UNet3D(dim, heads=heads, temporal=temporal, recompute=recompute)
+        model = official_unet(official, name, dim, heads) if name in OFFICIAL else vdm_ssm.UNet3D(
+            dim, heads=heads, temporal=name.removesuffix("-explicit"), recompute="recompute" in options
+        )
         diffusion = vdm_ssm.GaussianDiffusion(model)
         x = torch.rand(batch, 3, frames, size, size) * 2 - 1
     for p in model.parameters():
@@ -254,85 +203,70 @@ def unet_call(variant, frames, size=32, batch=1, dim=32, heads=4, device="cpu", 
         if isinstance(block, (vdm_ssm.ResBlock, vdm_ssm.OverSpace, vdm_ssm.OverTime)):
             block.compile(dynamic=False)
 
-    def call():
+    def step():
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="amp" in options):
             loss = diffusion.loss(x)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    call = explicit(call) if "-explicit" in name else call
-    call.held = 3 * sum(p.nbytes for p in model.parameters())  # weights and averages
-    return call
+    step = sdpa_kernel(SDPBackend.MATH)(step) if "-explicit" in name else step
+    step.held = 3 * sum(p.nbytes for p in model.parameters())
+    return step
 
 
-def count_step(variant, frames, fake=False, **sizes):
-    """The peak of a training step on a CPU, in bytes; see `unet_call`. fake: without data."""
+def step_bytes(variant, frames, size=32, batch=1, dim=32, heads=4, fake=False):
+    """The peak of a `training_step`, counted on a CPU. fake: without data, so that it need not fit."""
     if "compile" in variant:
-        raise ValueError(f"{variant}: what compiled code takes is seen on CUDA only")
-    with FakeTensorMode() if fake else contextlib.nullcontext():
-        return peak(unet_call(variant, frames, **sizes))
+        raise ValueError(f"{variant}: the memory of compiled code is seen on CUDA only")
+    with FakeTensorMode() if fake else nullcontext():
+        return peak_bytes(training_step(variant, frames, size, batch, dim, heads))
 
 
-def bench_unet(args):
-    sizes = {key: getattr(args, key) for key in ("size", "batch", "dim", "heads", "official")}
-    names = [*(OFFICIAL if args.official else ()), *args.variants]
-    for frames in args.frames:
-        title = f"{args.batch} x {frames} frames, {args.size}x{args.size} pixels"
-        if args.fake:
-            yield title, {name: {"peak": count_step(name, frames, fake=True, **sizes)} for name in names}
+def bench_unet(variants=VARIANTS, frames=(16, 64), size=32, batch=1, dim=32, heads=4, official="", fake=False,
+               repeats=5, device="cpu"):  # fmt: skip
+    variants = [*(OFFICIAL if official else ()), *variants]
+    for sizes in ((f, size, batch, dim, heads) for f in frames):
+        title = f"{batch} x {sizes[0]} frames, {size}x{size} pixels"
+        if fake:
+            yield title, {name: {"peak": step_bytes(name, *sizes, fake=True)} for name in variants}
         else:
-            calls = {name: unet_call(name, frames, device=args.device, **sizes) for name in names}
-            yield title, measure(calls, args)
+            calls = {name: training_step(name, *sizes, device, official) for name in variants}
+            yield title, time_in_turns(calls, repeats, device)
 
 
-def bench_data(args):
-    """Batches made by one process."""
+def bench_data(sources=("maze",), frames=16, size=32, batch=8, repeats=5):
     import train
 
-    frames, size = args.frames, args.size
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "videos").mkdir()
-        for i in range(8):
-            np.save(f"{folder}/videos/{i}", np.full((4 * frames, 2 * size, 3 * size, 3), i, dtype=np.uint8))
-        options = ["--frames", str(frames), "--size", str(size), "--out", f"{folder}/run"]
-        data_of = lambda data: train.videos_of(train.parse([*options, "--data", data])[0])
-        maze, cache = data_of("maze"), data_of(f"{folder}/videos")
-        batch = lambda data: torch.utils.data.default_collate([data[i] for i in range(args.batch)])
-        calls = {"maze": lambda: batch(maze), "folder's cache": lambda: batch(cache)}
-        records = measure(calls, args, count=False)
-        yield f"{args.batch} x {frames} frames, {size}x{size} pixels", records, "batches/s", lambda s: 1 / s
+    with tempfile.TemporaryDirectory() as out:
+        calls, options = {}, ["--frames", str(frames), "--size", str(size), "--out", f"{out}/run"]
+        for source in sources:
+            data = train.videos_of(train.parse([*options, "--data", source])[0])
+            calls[source] = lambda data=data: [data[i] for i in range(batch)]
+        yield f"{batch} x {frames} frames, {size}x{size} pixels", time_in_turns(calls, repeats)
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="what", required=True)
-    for what, options in OPTIONS.items():
-        command = commands.add_parser(what)
-        for key, default in (COMMON | options).items():
-            kind = {"type": type(default), "metavar": "X"}
-            if isinstance(default, list):
-                kind = {"type": type(default[0]), "nargs": "+", "metavar": "X"}
-            elif default is False:
-                kind = {"action": "store_true"}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(required=True)
+    for bench in bench_scan, bench_unet, bench_data:  # their arguments are the options
+        command = commands.add_parser(bench.__name__.removeprefix("bench_"))
+        command.set_defaults(bench=bench)
+        command.add_argument("--json", help="file for times in seconds and peaks in bytes")
+        for key, default in ((p.name, p.default) for p in signature(bench).parameters.values()):
+            one, nargs = (default[0], "+") if isinstance(default, tuple) else (default, None)
+            kind = {"action": "store_true"} if one is False else {"type": type(one), "nargs": nargs}
             command.add_argument(f"--{key}", default=default, help="default: %(default)s", **kind)
-    args = parser.parse_args(argv)
-    args.results = []
-    torch.set_num_threads(args.threads)
+    options, tables = vars(parser.parse_args(argv)), []
+    bench, file = options.pop("bench"), options.pop("json")
+    print(about := options | {"torch": torch.__version__, "threads": torch.get_num_threads()})
     torch._dynamo.config.recompile_limit = 64  # each width has a graph of its own
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)  # whose memory is watched
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads")
-    bench = {"scan": bench_scan, "layers": bench_layers, "unet": bench_unet, "data": bench_data}[args.what]
-    try:
-        for title, records, *units in bench(args):
-            show(title, records, *units)
-            args.results.append({"title": title, "records": records})
-    except (ValueError, ImportError) as error:
-        sys.exit(f"bench.py: {error}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=1))
+    for title, records, *units in bench(**options):
+        show(title, records, *units)
+        tables.append({"title": title, "records": records})
+    if file:
+        Path(file).write_text(json.dumps(about | {"results": tables}, indent=1))
 
 
 if __name__ == "__main__":
