@@ -1,6 +1,6 @@
 """Time and memory, beside other ways to do the same.
 
-    python tests/bench.py scan --peers             the scan beside mambapy, mamba_ssm and a naive loop
+    python tests/bench.py scan --peers             the scan beside mambapy and mamba_ssm
     python tests/bench.py unet --official CLONE    training steps, beside a clone of the official code
     python tests/bench.py unet --device cuda --variants attention-explicit bi-mamba bi-mamba+amp+compile
     python tests/bench.py unet --fake --frames 256 --batch 8     memory alone, of steps that need not fit
@@ -8,13 +8,11 @@
 
 Time: forward + backward, in `unet` with Adam's step. After a first call the rows of a table take turns, so
 that a busy moment hits them all. "ratio" is the median of the ratios to the first row's time, turn by turn.
-
 Memory: "peak" is the most bytes alive in a call, above inputs; in `unet` with weights and Adam's averages.
 CUDA's allocator knows it. On a CPU it is counted from the storages of tensors: the same on every machine,
 without workspaces inside operators and compiled code ("-"). E is one float32 tensor (b, l, d, n).
-
 "attention-explicit" is torch's MATH kernel, which holds l x l scores as the papers' baseline does. A CPU
-takes it for "attention" too, whose bias is learned. mamba_ssm is called in its own layout.
+takes it for "attention" too, whose bias is learned.
 """
 
 import argparse
@@ -79,8 +77,7 @@ def peak_bytes(call, device="cpu"):
 def time_in_turns(calls, repeats=5, device="cpu"):
     """Measure the rows of a table.    {name: call} -> {name: {"first", "seconds", "ratio", "peak"}}
 
-    Every second turn goes from the last row to the first. A row that cannot run is left out.
-    """
+    Every second turn goes from the last row to the first. A row that cannot run is left out."""
     torch.compiler.reset()  # else a second shape is compiled for all shapes
     wait, times = torch.get_device_module(torch.device(device)).synchronize, {name: [] for name in calls}
     for turn in range(1 + repeats):  # turn 0 are the first calls
@@ -94,10 +91,10 @@ def time_in_turns(calls, repeats=5, device="cpu"):
             except (torch.OutOfMemoryError, ImportError) as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 del times[name]
-    records = {name: {"first": first, "seconds": seconds} for name, (first, *seconds) in times.items()}
-    for name, record in records.items():
-        base = next(iter(records.values()))["seconds"]
-        record["ratio"] = median(a / b for a, b in zip(record["seconds"], base))
+    records, (_, *base) = {}, next(iter(times.values()))
+    for name, (first, *seconds) in times.items():
+        ratio = median(a / b for a, b in zip(seconds, base))
+        records[name] = record = {"first": first, "seconds": seconds, "ratio": ratio}
         if device != "cpu" or "compile" not in name:  # whose memory a CPU does not show
             record["peak"] = peak_bytes(calls[name], device)
     return records
@@ -114,31 +111,18 @@ def show(title, records, unit="ms", second=1e3, size="MiB", whole=2**20):
         print("|", " | ".join([name, *row]), "|", flush=True)
 
 
-def naive_scan(u, dt, A, B, C, D):
-    """As most minimal code has it: all decays and inputs at once, then a walk over time."""
-    decays, inputs = torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None]  # (b, l, d, n)
-    state, ys = torch.zeros_like(inputs[:, 0]), []
-    # By unbind: the gradient of an index is as large as what it indexes, so indices take l^2 in backward.
-    for decay_k, input_k, C_k in zip(*(x.unbind(1) for x in (decays, inputs, C))):
-        state = decay_k * state + input_k
-        ys.append((state @ C_k[..., None].to(state.dtype)).squeeze(-1))  # (b, d)
-    return torch.stack(ys, dim=1) + D * u
-
-
 def mambapy_scan(u, dt, A, B, C, D):
     from mambapy.pscan import pscan
-
     states = pscan(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None].to(A.dtype))
     return (states @ C[..., None].to(states.dtype)).squeeze(-1) + D * u
 
 
-def mamba_ssm_scan(*inputs):  # u, dt (b, d, l), A, B, C (b, n, l), D
+def mamba_ssm_scan(*inputs):  # in its own layout: u, dt (b, d, l), A, B, C (b, n, l), D
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
     return selective_scan_fn(*inputs)
 
 
-PEERS = {"mambapy": mambapy_scan, "mamba_ssm": mamba_ssm_scan, "naive": naive_scan}
+PEERS = {"mambapy": mambapy_scan, "mamba_ssm": mamba_ssm_scan}
 OURS = {"ours": vdm_ssm.selective_scan, "ours, compiled": torch.compile(vdm_ssm.selective_scan),
         "ours, dt to 10": vdm_ssm.selective_scan, "definition": vdm_ssm.selective_scan_loop}  # fmt: skip
 SHAPES = "256x16x128x16", "256x64x128x16", "64x256x128x16", "64x64x512x16", "16x1024x128x16"
@@ -178,13 +162,10 @@ def official_unet(clone, name, dim, heads):
 
 def training_step(variant, frames, size=32, batch=1, dim=32, heads=4, device="cpu", official=""):
     """A training step of a U-Net, as a call; its `held` are the bytes of weights and Adam's averages.
-
     variant: a temporal layer, "attention-explicit", or one of OFFICIAL of the clone `official`; then options:
-    "bi-mamba+amp+compile+recompute".
-    """
+    "bi-mamba+amp+compile+recompute"."""
     name, *options = variant.split("+")
-    if set(options) - {"amp", "compile", "recompute"}:
-        raise ValueError(f"{variant}: the options are +amp, +compile and +recompute")
+    assert {*options} <= {"amp", "compile", "recompute"}, f"{variant}: options are +amp +compile +recompute"
     torch.manual_seed(0)
     with torch.device(device):
         model = official_unet(official, name, dim, heads) if name in OFFICIAL else vdm_ssm.UNet3D(
@@ -217,8 +198,7 @@ def training_step(variant, frames, size=32, batch=1, dim=32, heads=4, device="cp
 
 def step_bytes(variant, frames, size=32, batch=1, dim=32, heads=4, fake=False):
     """The peak of a `training_step`, counted on a CPU. fake: without data, so that it need not fit."""
-    if "compile" in variant:
-        raise ValueError(f"{variant}: the memory of compiled code is seen on CUDA only")
+    assert "compile" not in variant, f"{variant}: the memory of compiled code is seen on CUDA only"
     with FakeTensorMode() if fake else nullcontext():
         return peak_bytes(training_step(variant, frames, size, batch, dim, heads))
 
@@ -227,17 +207,14 @@ def bench_unet(variants=VARIANTS, frames=(16, 64), size=32, batch=1, dim=32, hea
                repeats=5, device="cpu"):  # fmt: skip
     variants = [*(OFFICIAL if official else ()), *variants]
     for sizes in ((f, size, batch, dim, heads) for f in frames):
-        title = f"{batch} x {sizes[0]} frames, {size}x{size} pixels"
-        if fake:
-            yield title, {name: {"peak": step_bytes(name, *sizes, fake=True)} for name in variants}
-        else:
-            calls = {name: training_step(name, *sizes, device, official) for name in variants}
-            yield title, time_in_turns(calls, repeats, device)
+        counts = lambda: {name: {"peak": step_bytes(name, *sizes, fake=True)} for name in variants}
+        calls = lambda: {name: training_step(name, *sizes, device, official) for name in variants}
+        rows = counts() if fake else time_in_turns(calls(), repeats, device)
+        yield f"{batch} x {sizes[0]} frames, {size}x{size} pixels", rows
 
 
 def bench_data(sources=("maze",), frames=16, size=32, batch=8, repeats=5):
     import train
-
     with tempfile.TemporaryDirectory() as out:
         calls, options = {}, ["--frames", str(frames), "--size", str(size), "--out", f"{out}/run"]
         for source in sources:
