@@ -116,7 +116,7 @@ def test_floats_are_read_by_one_rule_that_the_user_gives(tmp_path):
     (tmp_path / "v").mkdir()
     for name, low in (("a", -1), ("b", 0)):  # b alone could be taken for pixels in [0, 1]
         np.save(tmp_path / "v" / f"{name}.npy", np.linspace(low, 1, 4 * 64 * 3, dtype=np.float32).reshape(4, 8, 8, 3))
-    with pytest.raises(train.BadInput, match="--floats"):
+    with pytest.raises(ValueError, match="--floats"):
         videos_of(tmp_path / "v")
     data = videos_of(tmp_path / "v", 4, 8, False, "--floats", "symmetric")
     assert np.allclose(sorted(data[i][0].mean().item() for i in range(2)), [0, 0.5], atol=0.01)
