@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import signal
 import sys
@@ -178,9 +177,7 @@ def maze_render(wall, position, gaze, style, size):
 
 
 def maze_video(seed, frames, size):
-    """Walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8 RGB
-
-    More frames of a seed continue the same walk; time is linear in them and memory is the result's."""
+    """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
     wall, position, gaze = maze_walk(seed, frames)
     video = np.empty((frames, size, size, 3), np.uint8)
     chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
@@ -227,9 +224,7 @@ def find_splits(path):
 
 
 def resize(frame, size, antialias=True):
-    """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)
-
-    The papers do it without antialias. Their float pixels are rounded here: 0.5 / 255 is lost at most."""
+    """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
     h, w = frame.shape[:2]
     shape = size * h // min(h, w), size * w // min(h, w)
     scale = partial(F.interpolate, size=shape, mode="bilinear", antialias=antialias)
@@ -248,7 +243,7 @@ def read_source(source, args):
     if args.latents:
         with naming(source):
             array = load_array(source)
-            if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
+            if array.dtype.kind != "f" or array.shape[1:-1] != (args.size, args.size) or not array.size:
                 raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {args.size}, "
                                  f"{args.size}, channels)")
             array = array.astype(np.float32)
@@ -321,21 +316,20 @@ class FolderVideos(Dataset):
             raise ValueError(f"--split {split}: {args.data} has neither train/ and test/ nor lists of them")
         split = "test" if held_out and split == "train" else split
         files, self.skipped = decode_all(splits[split], args)
-        if not files:
-            raise ValueError(f"{args.data} holds no usable video; {next(iter(self.skipped.values()), '')}")
-        self.classes = sorted({source.parent.name for source in splits[split]})
         shapes = {source: np.load(file, mmap_mode="r").shape for source, file in files.items()}
-        self.channels = next(iter(shapes.values()))[-1]
-        # Names and shapes, not times: a copy of the data is the same data.
-        self.identity = [[os.path.relpath(source, args.data), *shape] for source, shape in shapes.items()]
+        self.classes = sorted({source.parent.name for source in splits[split]})
         self.videos = [(files[s], k, self.classes.index(s.parent.name)) for s, shape in shapes.items()
                        if shape[1] >= self.span for k in range(shape[0])]
-        if not self.videos:
-            longest = max(shape[1] for shape in shapes.values())
-            raise ValueError(f"--frames, --stride need {self.span} frames, {args.data} has at most {longest}")
         short = sum(shape[0] for shape in shapes.values()) - len(self)
         self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} "
                       f"frames, {len(self.skipped)} files unreadable")
+        if not self.videos:
+            longest = max((shape[1] for shape in shapes.values()), default=0)
+            why = next(iter(self.skipped.values()), "see --frames, --stride")
+            raise ValueError(f"{self.about}: they have at most {longest} frames ({why})")
+        # Names and shapes, not times: a copy of the data is the same data.
+        self.identity = [[os.path.relpath(source, args.data), *shape] for source, shape in shapes.items()]
+        self.channels = self.identity[0][-1]
 
     def __len__(self):
         return len(self.videos)
@@ -364,7 +358,7 @@ def videos_of(args, held_out=False):
 @contextlib.contextmanager
 def whole(path):
     """An open file that becomes `path` when it is complete. Raises OSError if it cannot be written."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write one path
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # two processes may write one path
     try:
         with open(part, "wb") as file:
             yield file
@@ -396,14 +390,12 @@ def write_array(path, videos):
 
 
 def write_pictures(path, videos, fps, columns=16):
-    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)
-
-    A GIF counts time in hundredths of a second and merges equal frames; the MP4 has every frame."""
+    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)"""
     scale, rows = max(1, 64 // videos.shape[3]), math.ceil(math.sqrt(len(videos)))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
     film = np.pad(videos, ((0, -len(videos) % rows), *4 * [(0, 0)]))
     film = rearrange(film, "(r s) f h w c -> f (r h) (s w) c", r=rows)
-    with whole(path.with_suffix(".gif")) as file:
+    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
         iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
     film = np.pad(film, ((0, 0), *((0, side % 2) for side in film.shape[1:3]), (0, 0)))  # H.264: even sides
     with whole(path.with_suffix(".mp4")) as file:
@@ -426,7 +418,7 @@ def new_folder(given, base):
 
 def numbered(folder):
     """Checkpoints or samples in a folder, the newest first.    -> {Path: step}"""
-    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.\w+")
+    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.\w+")  # neither .old nor .part
     steps = {path: int(name[1]) for path in Path(folder).iterdir() if (name := pattern.fullmatch(path.name))}
     return dict(sorted(steps.items(), key=lambda item: -item[1]))
 
@@ -569,9 +561,8 @@ def batches(data, args, rank, ranks, begin):
 
 def train(args, checkpoint=None):
     """The training loop, from the start or from a checkpoint."""
-    # Data and model. Rank 0 decodes, then the others find what it has put on the disk.
     rank, ranks, device = join(args.device)
-    data = videos_of(args) if rank == 0 else None
+    data = videos_of(args) if rank == 0 else None  # the others find what it has decoded
     gather(torch.zeros(1))
     data = videos_of(args) if rank > 0 else data
     args.channels, args.classes = data.channels, data.classes if args.class_cond else []
@@ -597,9 +588,9 @@ def train(args, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
-        blocks = vdm_ssm.ResBlock, vdm_ssm.OverSpace, vdm_ssm.OverTime, vdm_ssm.DiMBlock
-        for block in (module for module in model.modules() if isinstance(module, blocks)):
-            block.compile(dynamic=False)
+        for block in model.modules():
+            if isinstance(block, (vdm_ssm.ResBlock, vdm_ssm.OverSpace, vdm_ssm.OverTime, vdm_ssm.DiMBlock)):
+                block.compile(dynamic=False)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
     diffusion = GaussianDiffusion(net, **diffusion_args).to(device)
     if rank == 0:
@@ -617,16 +608,16 @@ def train(args, checkpoint=None):
         # Save and draw what is due and not there yet. A signal to one rank stops all after the same step.
         due = lambda every: step > 0 and (step == args.steps or step % every == 0)
         if rank == 0:
-            path, drawn = out / f"checkpoint-{step:06d}.pt", out / f"samples/step-{step:06d}.png"
-            drawn = drawn.with_suffix(".npz") if args.latents else drawn
+            path = out / f"checkpoint-{step:06d}.pt"
+            drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
         draws = rank == 0 and due(args.sample_every) and not drawn.exists()
         stopped, draws = gather(torch.tensor([len(stop), draws])).any(0).tolist()
         if rank == 0 and (due(args.save_every) or stopped and step > 0) and not path.exists():
             kept = {name: value for name, value in vars(args).items() if name not in PLACE}
+            made = kept, step, per_step, data.identity, network, network_args, diffusion_args
+            states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
             with whole(path) as file:
-                states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
-                torch.save(dict(zip(CHECKPOINT, (kept, step, per_step, data.identity, network, network_args,
-                                                 diffusion_args, *states))), file)
+                torch.save(dict(zip(CHECKPOINT, made + states)), file)
             for old in [*numbered(out)][args.keep :]:
                 old.unlink()
         if draws:
@@ -687,9 +678,7 @@ def train(args, checkpoint=None):
 
 
 def sample_videos(model, args, device, progress=iter):
-    """--videos videos of a network, shared out among the ranks.    -> (n, frames, size, size, c)
-
-    They are uint8, latents float32. A seed and a number make the same video, whatever is drawn beside it."""
+    """--videos videos, shared out among the ranks.    -> (n, frames, size, size, c) uint8, latents float32"""
     diffusion, parts = GaussianDiffusion(model, **describe(args)[2]).to(device), []
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     each = math.ceil(args.sample_videos / ranks)  # the last ones may be too many: all ranks gather one shape
@@ -698,10 +687,9 @@ def sample_videos(model, args, device, progress=iter):
         rngs, shape = generators(args.seed, part), (args.channels, args.frames, args.size, args.size)
         noise = lambda *_: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
         sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
-        turn = [args.label] if args.label else args.classes or [None]
-        labels = [args.classes.index(turn[i % len(turn)]) for i in part] if args.classes else []
+        turn = [args.label] if args.label else args.classes  # all in turn
+        cond = one_hot([args.classes.index(turn[i % len(turn)]) for i in part if turn], args, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            cond = one_hot(labels, args, device)  # of all classes in turn
             x = diffusion.sample(noise(), args.sample_steps, sampler, cond, args.guidance, progress)
         parts.append(to_pixels(x, args.latents))
     return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
@@ -712,9 +700,8 @@ def sample(args, checkpoint):
     rank, ranks, device = join(args.device)
     model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
-    if rank == 0:
-        out = new_folder(args.out, checkpoint["folder"] / "sampled")  # now: nothing shall be drawn in vain
-        print(f"writes {out}")
+    out = new_folder(args.out, checkpoint["folder"] / "sampled") if rank == 0 else None
+    print(f"writes {out}")
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
@@ -726,9 +713,9 @@ def sample(args, checkpoint):
     if rank == 0:
         write_array(out / "fake.npz", videos)
         print(f"fake.npz: {videos.dtype} {videos.shape}, videos, frames, height, width, channels")
-    if rank == 0 and not args.latents:
-        write_pictures(out / "sheet", videos[:16], args.fps)
-        print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
+        if not args.latents:
+            write_pictures(out / "sheet", videos[:16], args.fps)
+            print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -771,28 +758,26 @@ def add_data_and_model(parser):
     add("--real", type=COUNT, help="write as many videos of the test split too (if it has none: of all)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
-    add("--split", choices=("train", "test", "all"), help="part of a divided data set: train unless given")
+    add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
     add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
     add("--frames", type=COUNT, default=16 if GPU else 8, help="frames per video")
     add("--stride", type=COUNT, default=1, metavar="K", help="take every K-th frame of a video")
     add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
-    add("--latents", action=SWITCH, default=False, help="train on arrays (frames, size, size, channels) of "
-        "floats as they are, as of a VAE")
-    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0 decodes with some")
+    add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
     add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
-    add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", metavar="NAME",
-        help=f"unet: temporal layer, {', '.join(TEMPORAL_LAYERS)}")
-    add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of the first level, in eights")
-    add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: widths, in dim")
+    add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
+    add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
+    add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: level widths / dim")
     add("--heads", type=COUNT, default=8 if GPU else 4, help="unet: attention heads")
     add("--depth", type=COUNT, default=12 if GPU else 6, help="dim: blocks")
-    add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, a multiple of 8")
+    add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, 16, 24, ...")
     add("--dim-size", choices=DIM_SIZES, help="dim: DiT's depth and width, instead of those above")
     add("--patch", type=COUNT, default=2 if GPU else 4, help="dim: side of a token in pixels")
 
