@@ -292,7 +292,7 @@ class MazeVideos(Dataset):
 
     def __init__(self, args, held_out=False):
         self.args, self.split = args, "test" if held_out else "train"
-        self.about = f"endless walks through mazes, drawn as they are needed ({self.split} seeds)"
+        self.about = f"endless walks through mazes, the {self.split} seeds"
 
     def __len__(self):
         return 2**32
@@ -306,8 +306,7 @@ class MazeVideos(Dataset):
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, the name of its folder
 
-    An epoch shows a window of every video. Pixels are in [-1, 1], latents keep their values. held_out: the
-    test split, if "train" is trained on."""
+    An epoch shows a window of every video, in [-1, 1]. held_out: of the test split, if there is one."""
 
     def __init__(self, args, held_out=False):
         splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
@@ -418,7 +417,7 @@ def new_folder(given, base):
 
 def numbered(folder):
     """Checkpoints or samples in a folder, the newest first.    -> {Path: step}"""
-    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.\w+")  # neither .old nor .part
+    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.(?:pt|png|gif|mp4|npz)")  # neither .old nor .part
     steps = {path: int(name[1]) for path in Path(folder).iterdir() if (name := pattern.fullmatch(path.name))}
     return dict(sorted(steps.items(), key=lambda item: -item[1]))
 
@@ -483,10 +482,11 @@ def join(device):
 
 def gather(x):
     """The tensors of all ranks, on the CPU. All ranks wait here for each other.    (...) -> (ranks, ...)"""
-    xs = [x.cpu().contiguous()]
-    if dist.is_initialized():
-        xs = [torch.empty_like(xs[0]) for _ in range(dist.get_world_size())]
-        dist.all_gather(xs, x.cpu().contiguous())
+    x = x.cpu().contiguous()
+    if not dist.is_initialized():
+        return x[None]
+    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(xs, x)
     return torch.stack(xs)
 
 
@@ -524,13 +524,11 @@ def draw(items, shape, args, device):
 
 def describe(args):
     """What makes network and diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
-    shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
-    diffusion = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
-    if args.backbone == "dim":
-        size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
-        return "DiM", dict(patch=args.patch, **size, **shared), diffusion
+    size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
     unet = dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
-    return "UNet3D", unet | shared, diffusion
+    name, own = ("DiM", dict(size, patch=args.patch)) if args.backbone == "dim" else ("UNet3D", unet)
+    shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
+    return name, own | shared, dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
 
 
 def build(network, network_args, args):

@@ -127,12 +127,15 @@ def test_a_large_film_takes_less_than_300_mib_more_than_a_small_one():
     assert 0 < peaks[0] and peaks[1] < peaks[0] + 300 < 2300
 
 
-def test_resize_takes_the_centre_of_the_short_side():
+def test_resize_takes_the_centre_of_the_short_side_rounded_as_the_papers_library_does():
     frame = np.zeros((8, 16, 3), np.uint8)
     frame[:, 4:12] = 200
     assert (train.resize(frame, 8) == 200).all() and train.resize(frame, 4).shape == (4, 4, 3)
     assert (train.resize(frame.transpose(1, 0, 2).copy(), 8) == 200).all()
     assert (train.resize(np.full((3, 5, 3), 77, np.uint8), 16) == 77).all()
+    frame = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None], (10, 30, 3))
+    for width, left in ((20, 5), (13, 2), (17, 4), (15, 2)):  # 5, 1.5, 3.5 and 2.5: halves go to even numbers
+        assert train.resize(np.ascontiguousarray(frame[:, :width]), 10)[0, 0, 0] == left
 
 
 def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter_sees_only_the_middle():
@@ -143,12 +146,6 @@ def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter
         mean = blocks[:, middle, :, middle].mean((1, 3))
         assert np.abs(train.resize(frame, 16 // factor, antialias=False) - mean).max() <= 0.5
     assert np.abs(train.resize(frame, 4).astype(float) - mean).max() > 5
-
-
-def test_the_cut_in_the_middle_is_rounded_as_the_papers_library_does():
-    frame = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None], (10, 30, 3))
-    for width, left in ((20, 5), (13, 2), (17, 4), (15, 2)):  # 5, 1.5, 3.5 and 2.5: halves go to even numbers
-        assert train.resize(np.ascontiguousarray(frame[:, :width]), 10)[0, 0, 0] == left
 
 
 # ---- The cache
