@@ -2,8 +2,7 @@
 
     python train.py                            walks through a maze, on whatever device there is
     python train.py --data FOLDER              your own videos: mp4, gif, npy, folders of images, ...
-    python train.py --temporal attention       another temporal layer, to compare
-    python train.py --backbone dim             another network, DiM
+    python train.py --temporal attention       another temporal layer; --backbone dim: another network
     python train.py --class-cond               told the class of each video
     python train.py --resume runs/maze         go on where a run stopped
     python train.py sample runs/maze --videos 64 --real 64
@@ -16,9 +15,7 @@ GIF and an MP4. Decoded videos are kept beside it, in cache/.
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
-(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device. All but the EMA's warm-up
-are options.
-"""
+(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device."""
 
 import argparse
 import contextlib
@@ -28,7 +25,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import signal
 import sys
@@ -54,23 +50,14 @@ import vdm_ssm
 from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
 from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver
 
-
-class BadInput(ValueError):
-    """Something the user can mend. The message says what and how; the command prints it and exits with 2."""
-
-
 # -----------------------------------------------------------------------------
 # 1. The maze: endless first-person videos, each from a seed
 #
-# An agent walks through a random maze on a grid of unit cells and looks along the
-# unit vector g; p is the unit vector to its right. Point (xi, eta) of the image plane,
-# at distance 1, sees the first wall on the ray position + z (g + xi p), and that wall
-#
-#     fills |eta| < WALL / 2z,     z = distance along g, since g and p are perpendicular.
-#
-# (The distance along the ray, longer at the sides, would bend straight walls: fisheye.)
-# A ray sees one colour, of the sky, the floor or a wall; a pixel is the mean of SAMPLES rays.
-# Source: ray casting on a grid, known from the game Wolfenstein 3D (1992).
+# An agent walks through a random maze on a grid of unit cells and looks along the unit vector g; p is the
+# unit vector to its right. Point (xi, eta) of the image plane, at distance 1, sees the first wall on the ray
+# position + z (g + xi p), which fills |eta| < WALL / 2z. Here z is the distance along g: that along the ray,
+# longer at the sides, would bend straight walls. A ray sees one colour, of the sky, the floor or a wall; a
+# pixel is the mean of SAMPLES rays. Source: ray casting, known from the game Wolfenstein 3D (1992).
 
 ROOMS = 6  # rooms a side, 2 cells apart: 1,024 frames (205 cells) come back to places seen before
 SPEED = 0.2  # cells a frame, 10 frames from room to room: 7 of 10 clips of 16 frames take a turn
@@ -78,23 +65,10 @@ LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head b
 VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
 SAMPLES = 8  # rays a pixel: smooth edges, no flicker in walls far away
 FOG = 0.08  # share of a wall's light that haze replaces, per cell of distance
-
-# A cell of wall in the three styles, bricks, boards and checks, in light (#) and dark texels
-TEXTURES = """
-    #####.#####.   ######......   ######......
-    #####.#####.   ######......   ######......
-    ............   ######......   ######......
-    ##.#####.###   ######......   ######......
-    ##.#####.###   ######......   ......######
-    ............   ######......   ......######
-    #####.#####.   ######......   ......######
-    #####.#####.   ######......   ......######
-"""
-TEXTURES = np.array([[list(tile) for tile in row.split()] for row in TEXTURES.split("\n")[1:-1]]) == "#"
-ROWS, STYLES, TEXELS = TEXTURES.shape  # 8, 3, 12
 WALL = 0.75  # height in cells, the eye at its middle: it fills at most 0.77 of the picture, as z > 0.65
+ROWS, TEXELS = 8, 12  # of the pattern on a cell of wall
 SKY, HAZE, FLOOR = (100, 160, 245), (190, 205, 225), ((102, 93, 98), (72, 65, 69))  # RGB
-# Light and dark tone of each style, far in hue from one another, the sky and the floor
+# Light and dark tone of bricks, boards and checks, far in hue from one another, the sky and the floor
 TONES = ((222, 84, 54), (140, 40, 30)), ((250, 210, 80), (200, 136, 30)), ((80, 190, 92), (22, 108, 64))
 
 
@@ -105,29 +79,25 @@ def maze_seed(split, index):
 
 def maze_style(seed):
     """Wall style of a seed's maze, 0, 1 or 2: the video's class, as frequent in both splits."""
-    return seed // 2 % STYLES
+    return seed // 2 % len(TONES)
 
 
 def maze_grid(rng):
     """Random maze without dead ends.    -> (g, g) bool, True in walls, g = 2 ROOMS + 1
 
     Rooms are the cells with two odd coordinates, pillars those with two even ones. Walls from pillar to
-    pillar rise in random order. One that would close a ring, and so cut rooms off, or that would leave
-    a room with a single exit is left out: every room stays in reach, and no walk has to turn back.
-    """
+    pillar rise in random order, but none that would close a ring, and so cut rooms off, or leave a room
+    with a single exit: every room stays in reach, and no walk has to turn back."""
     wall = np.pad(np.zeros((2 * ROOMS - 1, 2 * ROOMS - 1), bool), 1, constant_values=True)
     joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for pillars that walls join
-    sides = 2 - (abs(np.arange(len(wall)) - ROOMS) == ROOMS - 1)  # one less beside the border
-    exits = sides[:, None] + sides
     wall[2:-2:2, 2:-2:2] = True
+    walls = lambda i, j: wall[i - 1 : i + 2, j - 1 : j + 2].sum() - 4  # of a room between four pillars
     gaps = np.argwhere(~wall)
     for i, j in rng.permutation(gaps[gaps.sum(1) % 2 == 1]):  # between two pillars, and between two rooms
         a, b = i % 2, j % 2  # direction from pillar to pillar
-        rooms = (i - b, i + b), (j - a, j + a)
         one, other = joined[i - a, j - b], joined[i + a, j + b]
-        if one != other and exits[rooms].min() > 2:
+        if one != other and max(walls(i - b, j - a), walls(i + b, j + a)) < 2:
             wall[i, j] = True
-            exits[rooms] -= 1
             joined[joined == other] = one
     return wall
 
@@ -135,17 +105,16 @@ def maze_grid(rng):
 def maze_walk(seed, frames):
     """A maze and a walk in it.    -> wall (g, g), position (f, 2) in cells, gaze (f, 2) of length 1
 
-    The path is the uniform quadratic B-spline of the visited cells' centres: straight in corridors, a
-    smooth bend in turns, and always half a cell or more from any wall.
-    """
+    The path is the quadratic B-spline of the visited cells' centres: straight in corridors, a smooth bend in
+    turns, and always half a cell or more from any wall."""
     rng = np.random.default_rng(seed)
     wall = maze_grid(rng)
     s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) places on it
     i, j = 1 + 2 * rng.integers(ROOMS, size=2)
     a, b, cells = 0, 0, []
     while len(cells) < s.max() + 2:
-        steps = (0, 1), (1, 0), (0, -1), (-1, 0)
-        ways = [way for way in steps if not wall[i + way[0], j + way[1]] and way != (-a, -b)]
+        steps = [(0, 1), (1, 0), (0, -1), (-1, 0)]
+        ways = [(x, y) for x, y in steps if not wall[i + x, j + y] and (x, y) != (-a, -b)]  # not back
         a, b = ways[rng.integers(len(ways))]
         cells += [(i, j), (i + a, j + b)]
         i, j = i + 2 * a, j + 2 * b
@@ -163,25 +132,26 @@ def maze_turns(seed, frames):
     return np.diff(angle, prepend=angle[:1]).astype(np.float32)
 
 
+def maze_palette(style):
+    """What a ray can see, row by row: sky, wall, floor.    -> (3, 10, 24) RGB; the right half is in shade"""
+    y, x = np.indices((ROWS, TEXELS))
+    bricks, boards, checks = (y % 3 < 2) & ((x + y // 3 * 3) % 6 < 5), x < 6, (x < 6) == (y < 4)
+    wall = np.where((bricks, boards, checks)[style][..., None], *TONES[style])
+    palette = np.empty((1 + ROWS + 1, 2 * TEXELS, 3), np.float32)
+    palette[0], palette[1:-1] = SKY, np.concatenate([wall, 0.8 * wall], axis=1)
+    palette[-1, ::2], palette[-1, 1::2] = FLOOR  # tiles
+    return np.moveaxis(palette, -1, 0)
+
+
 def maze_cast(wall, position, ray):
     """First wall across axis 0.    position (2, 1, f, 1, 1), ray (2, n, f, 1, w) -> its z (n, f, 1, w)
 
-    A ray enters a cell only where it crosses a grid line: all lines of the axis are tried at once.
-    """
+    A ray enters a cell only where it crosses a grid line: all lines of the axis are tried at once."""
     line = np.arange(len(wall)).reshape(-1, 1, 1, 1, 1)
     z = (np.float32(line) - position[0]) / ray[0]  # (g, n, f, 1, w)
     # Beyond the border the index would leave the grid, but there the border has stopped the ray before.
     along = np.clip(position[1] + z * ray[1], 0, len(wall) - 1).astype(np.int32)
     return np.where(wall[line - (ray[0] < 0), along] & (z > 0), z, np.inf).min(0)
-
-
-def maze_palette(style):
-    """What a ray can see, row by row: sky, wall, floor.    -> (3, 10, 24) RGB; the right half is in shade"""
-    palette = np.empty((1 + ROWS + 1, 2 * TEXELS, 3), np.float32)
-    wall = np.where(TEXTURES[:, style, :, None], *TONES[style])
-    palette[0], palette[1:-1] = SKY, np.concatenate([wall, 0.8 * wall], axis=1)
-    palette[-1, ::2], palette[-1, 1::2] = FLOOR  # tiles
-    return np.moveaxis(palette, -1, 0)
 
 
 def maze_render(wall, position, gaze, style, size):
@@ -207,10 +177,7 @@ def maze_render(wall, position, gaze, style, size):
 
 
 def maze_video(seed, frames, size):
-    """Walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8 RGB
-
-    More frames of a seed continue the same walk; time is linear in them and memory is the result's.
-    """
+    """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
     wall, position, gaze = maze_walk(seed, frames)
     video = np.empty((frames, size, size, 3), np.uint8)
     chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
@@ -227,8 +194,7 @@ def maze_video(seed, frames, size):
 #
 #     source --decode--> cache/KEY.npy, (videos, frames, size, size, channels), uint8, latents float32
 #
-# KEY is made of all that the frames depend on, and a file gets its name when it is whole: what is there is
-# valid.
+# KEY is made of all that the frames depend on. A file gets its name when it is whole: what is there is valid.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
 FLOATS = {"symmetric": (-1, 1), "unit": (0, 1)}  # what float pixels may mean: the values of black and white
@@ -239,56 +205,51 @@ def find_splits(path):
     """Sources of videos at or below a path.    -> {"all": list of Path, maybe "train": ..., "test": ...}
 
     A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its
-    videos' names lie in it, beside it or one level below (CARLA, UCF101). Of a listed path only the last part
-    counts, in any case of letters; what is missing is skipped later, by its name. Raises UnreadableVideo.
-    """
-    path, parts, sources = Path(path), ("train", "test"), find_videos(path)
-    splits, here = {"all": sources}, {source.name.lower(): source for source in sources}
+    videos lie in it, beside it or one level below (CARLA, UCF101). Of a listed path the last part counts, in
+    any case of letters; what is missing is skipped later, by its name. Raises UnreadableVideo."""
+    path, sources, parts = Path(path), find_videos(path), ("train", "test")
     if all((path / part).is_dir() for part in parts):
-        return splits | {p: [s for s in sources if s.relative_to(path).parts[0] == p] for p in parts}
-    for folder, pattern in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
-        lists = [folder / pattern.format(part) for part in parts]
-        if all(file.is_file() for file in lists):
-            texts = [file.read_text(errors="replace") for file in lists]
+        splits = ([s for s in sources if s.relative_to(path).parts[0] == part] for part in parts)
+        return {"all": sources} | dict(zip(parts, splits))
+    here = {source.name.lower(): source for source in sources}
+    for folder, lists in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
+        files = [folder / lists.format(part) for part in parts]
+        if all(file.is_file() for file in files):
+            texts = [file.read_text(errors="replace") for file in files]
             names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", text) for text in texts]
-            if any(name.lower() in here for name in sum(names, [])):
-                paths = [[here.get(name.lower(), path / name) for name in part] for part in names]
-                return splits | dict(zip(parts, paths))
-    return splits
+            splits = [[here.get(name.lower(), path / name) for name in part] for part in names]
+            if {*sum(splits, [])} & {*sources}:  # or else they are lists of something else
+                return {"all": sources} | dict(zip(parts, splits))
+    return {"all": sources}
 
 
 def resize(frame, size, antialias=True):
-    """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)
-
-    The papers do it without antialias. Their float pixels are rounded here: 0.5 / 255 is lost at most.
-    """
+    """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
     h, w = frame.shape[:2]
     shape = size * h // min(h, w), size * w // min(h, w)
-    small = np.empty((*shape, 3), np.uint8)
-    for c in range(3):  # one by one: as floats, all of them would take twelve bytes a pixel
-        x = torch.from_numpy(frame[..., c]).float()[None, None]
-        x = F.interpolate(x, shape, mode="bilinear", antialias=antialias)[0, 0]
-        small[..., c] = x.round().clamp(0, 255).numpy()
+    scale = partial(F.interpolate, size=shape, mode="bilinear", antialias=antialias)
+    planes = (torch.from_numpy(frame[None, None, ..., c]) for c in range(3))
+    small = [scale(x.float()).round().clamp(0, 255).byte() for x in planes]  # one by one: floats take 4 bytes
     top, left = (round((side - size) / 2) for side in shape)  # torchvision's rounding: 2.5 to 2, 5.5 to 6
-    return small[top : top + size, left : left + size]
+    return torch.cat(small)[:, 0, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
 def read_source(source, args):
     """The videos of a source, decoded lazily.    -> yields iterators over frames. Raises UnreadableVideo"""
-    if args.latents:
-        with naming(source):
-            array = load_array(source)
-            if array.dtype.kind != "f" or array.ndim != 4 or array.shape[1:3] != (args.size, args.size):
-                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, size, size, channels) "
-                                 f"of --size {args.size}")  # fmt: skip
-            array = array.astype(np.float32)
-            if not np.isfinite(array).all():
-                raise ValueError("it holds NaN or infinite values")
-            yield array
     for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
         if video.scale and not args.floats:
             raise UnreadableVideo(source, "floats: give --floats unit (black is 0) or symmetric (-1)")
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
+    if args.latents:
+        with naming(source):
+            array = load_array(source)
+            if array.dtype.kind != "f" or array.shape[1:-1] != (args.size, args.size) or not array.size:
+                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {args.size}, "
+                                 f"{args.size}, channels)")
+            array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError("it holds NaN or infinite values")
+            yield array
 
 
 def cached(source, args):
@@ -300,37 +261,38 @@ def cached(source, args):
 
 
 def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, or a reason to skip it. Raises BadInput"""
+    """Put the frames of a source into the cache.    -> None, or a reason to skip it"""
     try:
-        with tempfile.TemporaryFile(dir=args.cache) as raw:  # its end tells how many frames there are
+        with whole(cached(source, args)) as file, tempfile.TemporaryFile(dir=args.cache) as raw:
             for n, video in enumerate(read_source(source, args), 1):
                 for frame in video:
                     raw.write(np.ascontiguousarray(frame))
-            raw.flush()
-            with whole(cached(source, args)) as file:
-                np.save(file, np.memmap(raw, frame.dtype, "r").reshape(n, -1, *frame.shape))
+            raw.flush()  # only its end tells how many frames there are
+            np.save(file, np.memmap(raw, frame.dtype, "r").reshape(n, -1, *frame.shape))
     except UnreadableVideo as error:
         return str(error)
 
 
 def decode_all(sources, args):
-    """Decode what is missing, in several processes.    -> {source to be skipped: why}. Raises BadInput"""
+    """Decode what is missing, in several processes.    -> {source: its file}, {source: why it is skipped}"""
     os.makedirs(args.cache, exist_ok=True)
-    missing = [source for source in sources if not (source.exists() and cached(source, args).exists())]
+    files = {source: cached(source, args) for source in sources}
+    missing = [source for source, file in files.items() if not file.exists()]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
     reasons = zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing))
-    return {source: why for source, why in reasons if why}
+    skipped = {source: why for source, why in reasons if why}
+    return {source: str(file) for source, file in files.items() if source not in skipped}, skipped
 
 
 class MazeVideos(Dataset):
     """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1], index of its wall style"""
 
-    channels, classes, skipped, identity = 3, ("bricks", "boards", "checks"), {}, []
+    channels, classes, skipped, identity = 3, ["bricks", "boards", "checks"], {}, []
 
     def __init__(self, args, held_out=False):
         self.args, self.split = args, "test" if held_out else "train"
-        self.about = f"endless walks through mazes, drawn as they are needed ({self.split} seeds)"
+        self.about = f"endless walks through mazes, the {self.split} seeds"
 
     def __len__(self):
         return 2**32
@@ -344,35 +306,29 @@ class MazeVideos(Dataset):
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, the name of its folder
 
-    An epoch shows a window of every video. Pixels are in [-1, 1], latents keep their values. held_out: the
-    test split, if "train" is trained on.
-    """
+    An epoch shows a window of every video, in [-1, 1]. held_out: of the test split, if there is one."""
 
     def __init__(self, args, held_out=False):
-        splits = find_splits(args.data)
+        splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
         split = args.split or ("train" if "train" in splits else "all")
         if split not in splits:
-            raise BadInput(f"--split {split}: {args.data} has no train/ and test/ and no lists: leave it out")
+            raise ValueError(f"--split {split}: {args.data} has neither train/ and test/ nor lists of them")
         split = "test" if held_out and split == "train" else split
-        sources, self.span, self.args = splits[split], args.stride * (args.frames - 1) + 1, args
-        self.skipped, self.classes = decode_all(sources, args), sorted({s.parent.name for s in sources})
-        files = {s: str(cached(s, args)) for s in sources if s not in self.skipped}
-        shapes = {s: np.load(file, mmap_mode="r").shape for s, file in files.items()}
-        if not shapes:
-            raise BadInput(f"{args.data} holds no usable video; {next(iter(self.skipped.values()))}")
-        self.videos = [
-            (files[s], k, self.classes.index(s.parent.name))
-            for s, (n, length, *_) in shapes.items() if length >= self.span for k in range(n)
-        ]  # fmt: skip
-        if not self.videos:
-            longest = max(shape[1] for shape in shapes.values())
-            raise BadInput(f"--frames, --stride need {self.span} frames, {args.data} has at most {longest}")
-        # Names and shapes, not times: a copy of the data is the same data.
-        self.identity = [[os.path.relpath(s, args.data), *shape] for s, shape in shapes.items()]
-        self.channels = self.identity[0][-1]
+        files, self.skipped = decode_all(splits[split], args)
+        shapes = {source: np.load(file, mmap_mode="r").shape for source, file in files.items()}
+        self.classes = sorted({source.parent.name for source in splits[split]})
+        self.videos = [(files[s], k, self.classes.index(s.parent.name)) for s, shape in shapes.items()
+                       if shape[1] >= self.span for k in range(shape[0])]
         short = sum(shape[0] for shape in shapes.values()) - len(self)
         self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} "
-                      f"frames, {len(self.skipped)} files unreadable")  # fmt: skip
+                      f"frames, {len(self.skipped)} files unreadable")
+        if not self.videos:
+            longest = max((shape[1] for shape in shapes.values()), default=0)
+            why = next(iter(self.skipped.values()), "see --frames, --stride")
+            raise ValueError(f"{self.about}: they have at most {longest} frames ({why})")
+        # Names and shapes, not times: a copy of the data is the same data.
+        self.identity = [[os.path.relpath(source, args.data), *shape] for source, shape in shapes.items()]
+        self.channels = self.identity[0][-1]
 
     def __len__(self):
         return len(self.videos)
@@ -400,8 +356,8 @@ def videos_of(args, held_out=False):
 
 @contextlib.contextmanager
 def whole(path):
-    """An open file that becomes `path` when it is complete. Raises BadInput if it cannot be written."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two processes may write one path
+    """An open file that becomes `path` when it is complete. Raises OSError if it cannot be written."""
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # two processes may write one path
     try:
         with open(part, "wb") as file:
             yield file
@@ -409,7 +365,7 @@ def whole(path):
             os.fsync(file.fileno())  # first the content, then the name: a power cut leaves no empty file
         os.replace(part, path)
     except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error}); what it held before is intact") from error
+        raise OSError(f"{path} cannot be written ({error}); what it held before is intact") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -433,15 +389,12 @@ def write_array(path, videos):
 
 
 def write_pictures(path, videos, fps, columns=16):
-    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)
-
-    A GIF counts time in hundredths of a second and merges equal frames; the MP4 has every frame.
-    """
+    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)"""
     scale, rows = max(1, 64 // videos.shape[3]), math.ceil(math.sqrt(len(videos)))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
     film = np.pad(videos, ((0, -len(videos) % rows), *4 * [(0, 0)]))
     film = rearrange(film, "(r s) f h w c -> f (r h) (s w) c", r=rows)
-    with whole(path.with_suffix(".gif")) as file:
+    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
         iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
     film = np.pad(film, ((0, 0), *((0, side % 2) for side in film.shape[1:3]), (0, 0)))  # H.264: even sides
     with whole(path.with_suffix(".mp4")) as file:
@@ -455,51 +408,49 @@ def write_pictures(path, videos, fps, columns=16):
 def new_folder(given, base):
     """Make the folder `given`, which must be empty if it exists, else the first new of base, base-2, ..."""
     if given and Path(given).is_dir() and any(Path(given).iterdir()):
-        raise BadInput(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
+        raise ValueError(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
     for path in [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1)):
         with contextlib.suppress(FileExistsError):
             Path(path).mkdir(parents=True, exist_ok=bool(given))
             return Path(path)
 
 
-def step_in(path):
-    """The step in the name of a checkpoint or of samples; -1 for other files."""
-    found = re.fullmatch(r"(?:checkpoint|step)-(\d+)\.(?:pt|gif|mp4|png|npz)", path.name)
-    return int(found[1]) if found else -1
-
-
-def checkpoints(run):
-    """Paths of a run's checkpoints, the newest first."""
-    return sorted(filter(lambda path: step_in(path) >= 0, Path(run).glob("*.pt")), key=step_in, reverse=True)
+def numbered(folder):
+    """Checkpoints or samples in a folder, the newest first.    -> {Path: step}"""
+    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.(?:pt|png|gif|mp4|npz)")  # neither .old nor .part
+    steps = {path: int(name[1]) for path in Path(folder).iterdir() if (name := pattern.fullmatch(path.name))}
+    return dict(sorted(steps.items(), key=lambda item: -item[1]))
 
 
 def load_checkpoint(run):
-    """A run's folder or one of its checkpoints -> dict. Raises BadInput, naming the one before it."""
-    path = next(iter(checkpoints(run)), Path(run)) if Path(run).is_dir() else Path(run)
+    """A run's folder or one of its checkpoints -> dict. Raises ValueError, naming the one before it."""
+    path = Path(run)
+    if path.is_dir():
+        path = next(iter(numbered(path)), path)
     if not path.is_file():
-        raise BadInput(f"{path} is no checkpoint and no folder that holds one")
+        raise ValueError(f"{path} is no checkpoint and no folder that holds one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
     except Exception as error:  # zip, pickle and torch share no narrower class
-        before = [p for p in checkpoints(path.parent) if step_in(p) < step_in(path)]
+        steps = numbered(path.parent)
+        before = [other for other in steps if steps[other] < steps.get(path, 0)]
         mend = f": go on with the one before it, {before[0]}" if before else ""
-        raise BadInput(f"{path} is damaged or not of train.py ({type(error).__name__}){mend}") from error
+        raise ValueError(f"{path} is damaged or not of train.py ({type(error).__name__}){mend}") from error
 
 
 def rewind(out, step):
     """Set aside, as .old, what a run wrote after a step, now to be written anew; shorten its log."""
-    for path in [*out.glob("*.pt"), *out.glob("samples/*")]:
-        if step_in(path) > step:
+    for path, written in (numbered(out) | numbered(out / "samples")).items():
+        if written > step:
             os.replace(path, f"{path}.old")
     for path in out.rglob("*.part"):  # of a killed run
         path.unlink()
-    log, kept = out / "log.jsonl", b""
-    for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may be half a line
-            kept += line if json.loads(line)["step"] <= step else b""
+    log = out / "log.jsonl"
+    log.touch()
+    lines = re.findall(rb'(\{"step": (\d+).*\}\n)', log.read_bytes())  # the last one may be half a line
     with whole(log) as file:
-        file.write(kept)
+        file.writelines(line for line, k in lines if int(k) <= step)
 
 
 # -----------------------------------------------------------------------------
@@ -511,16 +462,15 @@ def rewind(out, step):
 
 def join(device):
     """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
-    variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)  # set by torchrun
-    rank, ranks, local = (int(os.environ.get(*variable)) for variable in variables)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if ranks > 1 and device not in ("cpu", "cuda"):
-        raise BadInput(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
+        raise ValueError(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
     try:
         if ranks > 1 and device == "cuda":
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     if ranks > 1:
         nccl = device == "cuda" and dist.is_nccl_available()  # not on Windows
         # A rank that dies is noticed at once; the timeout is for a rank 0 that decodes videos for hours.
@@ -532,22 +482,18 @@ def join(device):
 
 def gather(x):
     """The tensors of all ranks, on the CPU. All ranks wait here for each other.    (...) -> (ranks, ...)"""
-    xs = [x.cpu().contiguous()]
-    if dist.is_initialized():
-        xs = [torch.empty_like(xs[0]) for _ in range(dist.get_world_size())]
-        dist.all_gather(xs, x.cpu().contiguous())
+    x = x.cpu().contiguous()
+    if not dist.is_initialized():
+        return x[None]
+    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(xs, x)
     return torch.stack(xs)
 
 
-def on_signal(action):
+def on_signal(action, *_):
     """Set what Ctrl-C and SIGTERM do to this process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, action)
-
-
-def ignore_signals(worker):
-    """Let a loader's process live through what a terminal or a cluster sends to all: the run will end it."""
-    on_signal(signal.SIG_IGN)
 
 
 # -----------------------------------------------------------------------------
@@ -555,11 +501,10 @@ def ignore_signals(worker):
 #
 # No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and
 # hidden class of every item, whichever process draws them. So N ranks train as one does with N times the
-# batch, and weights, their average, the optimiser and the step are all that a run needs to go on as if it had
-# never stopped.
+# batch, and weights, their average, the optimiser and the step are all that a run needs to go on exactly.
 
-CHECKPOINT = ("args", "step", "per_step", "data", "network", "network_args", "diffusion_args", "model", "ema",
-              "optimizer")  # fmt: skip
+
+CHECKPOINT = "args step per_step data network network_args diffusion_args model ema optimizer".split()
 
 
 def generators(seed, items, device="cpu"):
@@ -579,22 +524,20 @@ def draw(items, shape, args, device):
 
 def describe(args):
     """What makes network and diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
-    shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
-    diffusion = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
-    if args.backbone == "dim":
-        size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
-        return "DiM", dict(patch=args.patch, **size, **shared), diffusion
+    size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
     unet = dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
-    return "UNet3D", unet | shared, diffusion
+    name, own = ("DiM", dict(size, patch=args.patch)) if args.backbone == "dim" else ("UNet3D", unet)
+    shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
+    return name, own | shared, dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
 
 
 def build(network, network_args, args):
-    """The network, on the CPU. Raises BadInput for what it cannot draw, before hours are spent."""
+    """The network, on the CPU. Raises ValueError for what it cannot draw, before hours are spent."""
     model = getattr(vdm_ssm, network)(**network_args)
     if args.size % model.factor:
-        raise BadInput(f"--size {args.size} must be a multiple of {model.factor}, by --patch or --dim-mults")
+        raise ValueError(f"--size {args.size} must be a multiple of {model.factor}, see --patch, --dim-mults")
     if args.label is not None and args.label not in args.classes:
-        raise BadInput(f"--class {args.label} is none of {args.classes}, the classes of this run")
+        raise ValueError(f"--class {args.label} is none of {args.classes}, the classes of this run")
     return model
 
 
@@ -607,23 +550,22 @@ def batches(data, args, rank, ranks, begin):
     """This rank's share of all batches from item `begin` on.    -> iterator: items (b), x0, labels (b)"""
     firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
     mine = lambda: (range(first, first + args.batch) for first in firsts)
-    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers, worker_init_fn=ignore_signals,
-                        pin_memory=args.device.startswith("cuda"))  # fmt: skip
+    # Loaders ignore what a terminal or a cluster sends to all processes: the run will end them.
+    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers,
+                        worker_init_fn=partial(on_signal, signal.SIG_IGN),
+                        pin_memory=args.device.startswith("cuda"))
     return ((items, x0, labels) for items, (x0, labels) in zip(mine(), loader))
 
 
 def train(args, checkpoint=None):
     """The training loop, from the start or from a checkpoint."""
-    # Data and model. Rank 0 decodes, then the others find what it has put on the disk.
     rank, ranks, device = join(args.device)
-    if rank > 0:
-        gather(torch.zeros(1))
-    data = videos_of(args)
-    if rank == 0:
-        gather(torch.zeros(1))
-    args.channels, args.classes = data.channels, list(data.classes) if args.class_cond else []
+    data = videos_of(args) if rank == 0 else None  # the others find what it has decoded
+    gather(torch.zeros(1))
+    data = videos_of(args) if rank > 0 else data
+    args.channels, args.classes = data.channels, data.classes if args.class_cond else []
     if len(args.classes) == 1:
-        raise BadInput(f"--class-cond needs two classes, a folder each: all videos are in {args.classes[0]}")
+        raise ValueError(f"--class-cond needs two classes, a folder each: all are in {args.classes[0]}")
     torch.manual_seed(args.seed)
     network, network_args, diffusion_args = describe(args)
     model = build(network, network_args, args)
@@ -633,15 +575,15 @@ def train(args, checkpoint=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step, per_step = 0, args.batch * args.grad_accum * ranks
     if checkpoint:
+        step, was = checkpoint["step"], checkpoint["per_step"]
         if checkpoint["data"] != data.identity:
-            raise BadInput(f"{args.data} no longer holds the videos of this run: restore them, or start anew")
-        if checkpoint["per_step"] != per_step:
-            was = checkpoint["per_step"]
-            raise BadInput(f"--batch x --grad-accum x processes was {was} and must stay, but is {per_step}")
-        step = checkpoint["step"]
-        for name, part in dict(model=model, ema=ema.module, optimizer=optimizer).items():
-            part.load_state_dict(checkpoint[name])
+            raise ValueError(f"{args.data} no longer holds the videos of this run: restore them")
+        if was != per_step:
+            raise ValueError(f"--batch x --grad-accum x processes was {was} and must stay, but is {per_step}")
+        model.load_state_dict(checkpoint["model"])
+        ema.module.load_state_dict(checkpoint["ema"])
         ema.n_averaged.fill_(step)
+        optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
         for block in model.modules():
@@ -655,7 +597,7 @@ def train(args, checkpoint=None):
         rewind(out, step)
         size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
         print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
-              f"data     {data.about}\nwrites   {out}", flush=True)  # fmt: skip
+              f"data     {data.about}\nwrites   {out}", flush=True)
     shown, stop = batches(data, args, rank, ranks, step * per_step), []
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
@@ -664,17 +606,17 @@ def train(args, checkpoint=None):
         # Save and draw what is due and not there yet. A signal to one rank stops all after the same step.
         due = lambda every: step > 0 and (step == args.steps or step % every == 0)
         if rank == 0:
-            path, drawn = out / f"checkpoint-{step:06d}.pt", out / f"samples/step-{step:06d}.png"
-            drawn = drawn.with_suffix(".npz") if args.latents else drawn
+            path = out / f"checkpoint-{step:06d}.pt"
+            drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
         draws = rank == 0 and due(args.sample_every) and not drawn.exists()
         stopped, draws = gather(torch.tensor([len(stop), draws])).any(0).tolist()
         if rank == 0 and (due(args.save_every) or stopped and step > 0) and not path.exists():
             kept = {name: value for name, value in vars(args).items() if name not in PLACE}
-            state = kept, step, per_step, data.identity, network, network_args, diffusion_args
-            states = (part.state_dict() for part in (model, ema.module, optimizer))
+            made = kept, step, per_step, data.identity, network, network_args, diffusion_args
+            states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
             with whole(path) as file:
-                torch.save(dict(zip(CHECKPOINT, (*state, *states))), file)
-            for old in checkpoints(out)[args.keep :]:
+                torch.save(dict(zip(CHECKPOINT, made + states)), file)
+            for old in [*numbered(out)][args.keep :]:
                 old.unlink()
         if draws:
             videos = sample_videos(ema.module, args, device)
@@ -700,8 +642,8 @@ def train(args, checkpoint=None):
         t, losses = rearrange(gather(torch.stack(seen)), "r a two b -> two (r a b)")
         loss, lr = losses.mean().item(), args.lr * min(1, step / max(1, args.warmup))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise BadInput(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
-                           "with a lower --lr, a longer --warmup or --no-amp")  # fmt: skip
+            raise ValueError(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
+                             "with a lower --lr, a longer --warmup or --no-amp")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -713,7 +655,7 @@ def train(args, checkpoint=None):
             by_noise = [part.mean().item() if len(part) else None for part in quarters]
             memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
             line = dict(step=step, loss=loss, loss_by_noise=by_noise, grad_norm=norm, lr=lr,
-                        videos_per_second=per_step / (time.time() - began), memory_mib=memory)  # fmt: skip
+                        videos_per_second=per_step / (time.time() - began), memory_mib=memory)
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -734,10 +676,7 @@ def train(args, checkpoint=None):
 
 
 def sample_videos(model, args, device, progress=iter):
-    """--videos videos of a network, shared out among the ranks.    -> (n, frames, size, size, c)
-
-    They are uint8, latents float32. The same seed and number is the same video, whatever is drawn beside it.
-    """
+    """--videos videos, shared out among the ranks.    -> (n, frames, size, size, c) uint8, latents float32"""
     diffusion, parts = GaussianDiffusion(model, **describe(args)[2]).to(device), []
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     each = math.ceil(args.sample_videos / ranks)  # the last ones may be too many: all ranks gather one shape
@@ -746,10 +685,9 @@ def sample_videos(model, args, device, progress=iter):
         rngs, shape = generators(args.seed, part), (args.channels, args.frames, args.size, args.size)
         noise = lambda *_: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
         sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
-        turn = [args.label] if args.label else args.classes or [None]
-        labels = [args.classes.index(turn[i % len(turn)]) for i in part] if args.classes else []
+        turn = [args.label] if args.label else args.classes  # all in turn
+        cond = one_hot([args.classes.index(turn[i % len(turn)]) for i in part if turn], args, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            cond = one_hot(labels, args, device)  # of all classes in turn
             x = diffusion.sample(noise(), args.sample_steps, sampler, cond, args.guidance, progress)
         parts.append(to_pixels(x, args.latents))
     return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
@@ -760,13 +698,12 @@ def sample(args, checkpoint):
     rank, ranks, device = join(args.device)
     model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
-    if rank == 0:
-        out = new_folder(args.out, checkpoint["folder"] / "sampled")  # now: nothing shall be drawn in vain
-        print(f"writes {out}")
+    out = new_folder(args.out, checkpoint["folder"] / "sampled") if rank == 0 else None
+    print(f"writes {out}")
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
-            raise BadInput(f"--real {args.real} is more than there are: {data.about}")
+            raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
         write_array(out / "real.npz", to_pixels(real, args.latents).numpy())
         print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
@@ -774,9 +711,9 @@ def sample(args, checkpoint):
     if rank == 0:
         write_array(out / "fake.npz", videos)
         print(f"fake.npz: {videos.dtype} {videos.shape}, videos, frames, height, width, channels")
-    if rank == 0 and not args.latents:
-        write_pictures(out / "sheet", videos[:16], args.fps)
-        print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
+        if not args.latents:
+            write_pictures(out / "sheet", videos[:16], args.fps)
+            print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -784,132 +721,109 @@ def sample(args, checkpoint):
 # -----------------------------------------------------------------------------
 # 7. The command line
 #
-# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults.
+# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults. By default a CPU
+# run ends in minutes, and a GPU run is worth its device.
 
 PLACE = {"command", "run", "resume", "out", "cache", "device", "workers"}  # not stored in a checkpoint
 DRAWING = {"sample_videos", "sampler", "sample_steps", "eta", "guidance", "label", "fps", "data", "amp"}
 LOOP = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
 MAY_CHANGE = {None: DRAWING | LOOP, "sample": DRAWING | {"frames", "size", "seed", "batch", "real"}}
+GPU = torch.cuda.is_available()
 
 
-def within(kind, low, high=math.inf):
-    """A reader of numbers, int or float, from low to high."""
+def within(kind, low, high=math.inf, commas=False):
+    """A reader of numbers, int or float, from low to high; commas: of a list of them."""
 
     def read(text):
-        if not low <= kind(text) <= high:  # nan, too
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-        return kind(text)
+        numbers = [kind(part) for part in (text.split(",") if commas else [text])]
+        if not all(low <= number <= high for number in numbers):  # nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return numbers if commas else numbers[0]
 
     read.__name__ = kind.__name__  # argparse names it if the text is no number
     return read
 
 
-COUNT, SHARE = within(int, 1), within(float, 0, 1)
+COUNT, COUNTS, SHARE = within(int, 1), within(int, 1, commas=True), within(float, 0, 1)
+POSITIVE, NATURAL, SWITCH = within(float, 0), within(int, 0), argparse.BooleanOptionalAction
 
 
-def multiples(text):
-    """"1,2,4" -> [1, 2, 4]"""
-    return [COUNT(part) for part in text.split(",")]
+def add_data_and_model(parser):
+    """Options of what is learned, and by which network."""
+    add = parser.add_argument_group("samples of a run").add_argument
+    add("command", nargs="?", choices=("sample",), help="draw samples of RUN instead of training")
+    add("run", nargs="?", metavar="RUN", help="folder of a run, or a checkpoint in it")
+    add("--real", type=COUNT, help="write as many videos of the test split too (if it has none: of all)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
+    add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
+    add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
+    add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
+    add("--frames", type=COUNT, default=16 if GPU else 8, help="frames per video")
+    add("--stride", type=COUNT, default=1, metavar="K", help="take every K-th frame of a video")
+    add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
+    add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
+    add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
+    add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=("unet", "dim"), default="unet", help="network")
+    add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
+    add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
+    add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
+    add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
+    add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: level widths / dim")
+    add("--heads", type=COUNT, default=8 if GPU else 4, help="unet: attention heads")
+    add("--depth", type=COUNT, default=12 if GPU else 6, help="dim: blocks")
+    add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, 16, 24, ...")
+    add("--dim-size", choices=DIM_SIZES, help="dim: DiT's depth and width, instead of those above")
+    add("--patch", type=COUNT, default=2 if GPU else 4, help="dim: side of a token in pixels")
 
 
-def adder(group):
-    """A function that adds options to a group. A pair of defaults is one for a GPU and one for a CPU."""
-
-    def add(flag, default, help, *aliases, **options):
-        default = default[not torch.cuda.is_available()] if isinstance(default, tuple) else default
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        group.add_argument(flag, *aliases, default=default, help=help, **options)
-
-    return add
-
-
-def make_parser():
-    """All options. By default a CPU run ends in minutes, and a GPU run is worth its device."""
-    how = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help", **how)
-    what_to_learn(parser)
-    how_to_run(parser)
-    return parser
-
-
-def what_to_learn(parser):
-    """Options of data and networks."""
-    add = adder(parser.add_argument_group("samples of a run"))
-    add("command", None, "draw samples of RUN instead of training", nargs="?", choices=("sample",))
-    add("run", None, "folder of a run, or a checkpoint in it", nargs="?", metavar="RUN")
-    add("--real", None, "write as many videos of the test split too (if it has none: of all)", type=COUNT)
-    add = adder(parser.add_argument_group("data"))
-    add("--data", "maze", "'maze', or a file or folder of videos, arrays and image sequences")
-    add("--split", None, "part of a data set with train/ and test/, or lists as of CARLA and UCF101: train "
-        "unless given (the papers: all)", choices=("train", "test", "all"))  # fmt: skip
-    add("--size", (32, 16), "height and width in pixels", type=COUNT)
-    add("--antialias", True, "in reducing videos to --size; the papers do without")
-    add("--frames", (16, 8), "frames per video", type=COUNT)
-    add("--stride", 1, "take every K-th frame of a video", type=COUNT, metavar="K")
-    add("--floats", None, "what float pixels mean: unit, 0 to 1; symmetric, -1 to 1", choices=FLOATS)
-    add("--latents", False, "train on float arrays (frames, size, size, channels), as of a VAE, as they are")
-    add("--workers", (CORES, 0), "processes that load and decode; 0: none, but one per core decodes",
-        type=within(int, 0))  # fmt: skip
-    add("--class-cond", False, "tell the network each video's class: its folder, or the style of the walls")
-    add("--cond-drop", 0.1, "share of videos whose class is hidden in training, for --guidance", type=SHARE)
-    add = adder(parser.add_argument_group("model"))
-    add("--backbone", "unet", "network", choices=("unet", "dim"))
-    add("--target", "v", "what it predicts", choices=("eps", "v", "x0"))
-    add("--diffusion-steps", 256, "steps of the schedule", type=COUNT)
-    names = ", ".join(TEMPORAL_LAYERS)
-    add("--temporal", "bi-mamba", f"unet: temporal layer, {names}", metavar="NAME", choices=TEMPORAL_LAYERS)
-    add("--dim", (64, 32), "unet: width of the first level, a multiple of 8", type=COUNT)
-    add("--dim-mults", ([1, 2, 4, 8], [1, 2, 4]), "unet: widths of the levels, in dim", type=multiples)
-    add("--heads", (8, 4), "unet: attention heads", type=COUNT)
-    add("--depth", (12, 6), "dim: blocks", type=COUNT)
-    add("--width", (384, 192), "dim: numbers per token, a multiple of 8", type=COUNT)
-    add("--dim-size", None, "dim: DiT's depth and width, instead of those above", choices=DIM_SIZES)
-    add("--patch", (2, 4), "dim: side of a token in pixels", type=COUNT)
-
-
-def how_to_run(parser):
+def add_training_and_drawing(parser):
     """Options of training, of the machine and of what is written."""
-    add = adder(parser.add_argument_group("training"))
-    add("--steps", (20_000, 500), "optimiser steps in all", type=COUNT)
-    add("--batch", (16, 4), "videos per backward pass and process, or drawn at a time", type=COUNT)
-    add("--grad-accum", 1, "backward passes per step", type=COUNT)
-    add("--lr", (3e-4, 1e-3), "learning rate of Adam", type=within(float, 0))
-    add("--warmup", 50, "steps in which it rises to --lr", type=within(int, 0))
-    add("--clip", 1.0, "largest norm of the gradient, 0 for no limit", type=within(float, 0))
-    add("--ema", (0.9995, 0.995), "decay of the averaged weights, per step", type=SHARE)
-    add("--seed", 0, "of weights, data order and noise", type=within(int, 0, 2**31 - 1))
-    add = adder(parser.add_argument_group("speed and memory"))
-    gpu = torch.cuda.is_available()
-    best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
-    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--device", best, "cuda, cuda:1, mps or cpu")
-    add("--amp", bf16, "matrix products and convolutions in bfloat16")
-    add("--compile", False, "torch.compile: minutes at first, then faster steps")
-    add("--recompute", False, "compute activations twice: less memory, more time")
-    add = adder(parser.add_argument_group("run").add_mutually_exclusive_group())
-    add("--out", None, "folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
-    add("--resume", None, "go on with the run in this folder, or from a checkpoint in it, as it was: only "
-        "steps, speed, saving and drawing may change, batch x grad-accum x processes not", metavar="RUN")
-    add = adder(parser.add_argument_group("saving and drawing"))
-    add("--save-every", (1000, 100), "steps from checkpoint to checkpoint", type=COUNT)
-    add("--keep", 2, "checkpoints kept, the newest ones", type=COUNT)
-    add("--sample-every", (2000, 500), "steps from sample to sample", type=COUNT)
-    add("--videos", 8, "videos drawn", "--sample-videos", dest="sample_videos", metavar="N", type=COUNT)
-    add("--sampler", "ddim", "ddim, or dpm, DPM-Solver++ of second order", choices=("ddim", "dpm"))
-    add("--sample-steps", 50, "denoising steps", type=COUNT)
-    add("--eta", 0.0, "noise in ddim: 0 DDIM, 1 DDPM", type=SHARE)
-    add("--guidance", 1.0, "weight of the class: 0 ignores, 2 exaggerates it", type=within(float, -100, 100))
-    add("--class", None, "draw this class alone instead of all in turn", dest="label", metavar="NAME")
-    add("--fps", 8.0, "frames per second of GIFs and MP4s", type=within(float, 0.1, 1000))
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
+    add("--batch", type=COUNT, default=16 if GPU else 4, help="videos per process and pass, or drawn at once")
+    add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
+    add("--lr", type=POSITIVE, default=3e-4 if GPU else 1e-3, help="learning rate of Adam")
+    add("--warmup", type=NATURAL, default=50, help="steps in which it rises to --lr")
+    add("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient, 0 for no limit")
+    add("--ema", type=SHARE, default=0.9995 if GPU else 0.995, help="decay of the averaged weights, per step")
+    add("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of weights, data order and noise")
+    add = parser.add_argument_group("speed and memory").add_argument
+    best = "cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+    bf16 = GPU and torch.cuda.is_bf16_supported(including_emulation=False)
+    add("--device", default=best, help="cuda, cuda:1, mps or cpu")
+    add("--amp", action=SWITCH, default=bf16, help="matrix products and convolutions in bfloat16")
+    add("--compile", action=SWITCH, default=False, help="torch.compile: minutes at first, then faster steps")
+    add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
+    add = parser.add_argument_group("run").add_mutually_exclusive_group().add_argument
+    add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint in it; only "
+        "steps, speed, saving and drawing may change, batch x grad-accum x processes not")
+    add = parser.add_argument_group("saving and drawing").add_argument
+    add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
+    add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
+    add("--sample-every", type=COUNT, default=2000 if GPU else 500, help="steps from sample to sample")
+    add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, help="videos drawn")
+    add("--sampler", choices=("ddim", "dpm"), default="ddim", help="dpm: DPM-Solver++ of second order")
+    add("--sample-steps", type=COUNT, default=50, help="denoising steps")
+    add("--eta", type=SHARE, default=0.0, help="noise in ddim: 0 DDIM, 1 DDPM")
+    add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of the class, 0 ignores it")
+    add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
+    add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
 
 
 def parse(argv):
-    """Arguments and, if a run is named, its checkpoint. Raises BadInput."""
-    parser, checkpoint = make_parser(), None
-    args = parser.parse_args(argv)
+    """Arguments and, if a run is named, its checkpoint. Raises ValueError."""
+    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_data_and_model(parser)
+    add_training_and_drawing(parser)
+    args, checkpoint = parser.parse_args(argv), None
     if bool(args.command) != bool(args.run) or args.command and args.resume or args.real and not args.command:
-        raise BadInput("samples are drawn by: train.py sample RUN [--real N], without --resume")
+        raise ValueError("samples are drawn by: train.py sample RUN [--real N], without --resume")
     source = args.run if args.command else args.resume
     if source is not None:
         checkpoint = load_checkpoint(source)
@@ -917,21 +831,21 @@ def parse(argv):
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         for name in saved.keys() - MAY_CHANGE[args.command]:
             if getattr(args, name) != saved[name]:
-                raise BadInput(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
+                raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
         if args.resume and args.steps < checkpoint["step"]:
-            raise BadInput(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
+            raise ValueError(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
         args.out = str(checkpoint["folder"]) if args.resume else args.out
     folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
     args.cache = str(folder.resolve().parent / "cache")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     if args.data != "maze" and Path(args.data) in Path(args.out or folder, "samples").resolve().parents:
-        raise BadInput(f"--out {args.out or folder} lies in --data: what it writes would become data")
+        raise ValueError(f"--out {args.out or folder} lies in --data: what it writes would become data")
     if args.sample_steps > args.diffusion_steps:
-        raise BadInput(f"--sample-steps {args.sample_steps} exceed --diffusion-steps {args.diffusion_steps}")
+        raise ValueError(f"--sample-steps above the {args.diffusion_steps} of --diffusion-steps")
     if args.sampler == "dpm" and args.eta:
-        raise BadInput(f"--sampler dpm adds no noise: leave out --eta {args.eta}, or take --sampler ddim")
+        raise ValueError(f"--sampler dpm adds no noise: leave out --eta {args.eta}, or take --sampler ddim")
     if args.guidance != 1 and not (args.class_cond and args.cond_drop):
-        raise BadInput(f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")
+        raise ValueError(f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")
     return args, checkpoint
 
 

@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import sys
@@ -7,3 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 # every instruction set.
 os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
                "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+
+
+def pytest_collection_finish():
+    gc.freeze()  # imageio collects garbage after every film: without what was imported it takes no time
