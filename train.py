@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import vdm_ssm
 from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
-from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver
+from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
 
 # -----------------------------------------------------------------------------
 # 1. The maze: endless first-person videos, each from a seed
@@ -207,7 +208,8 @@ def find_splits(path):
     A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its
     videos lie in it, beside it or one level below (CARLA, UCF101). Of a listed path the last part counts, in
     any case of letters; what is missing is skipped later, by its name. Raises UnreadableVideo."""
-    path, sources, parts = Path(path), find_videos(path), ("train", "test")
+    path, parts = Path(path), ("train", "test")
+    sources = [source for source in find_videos(path) if source.name != "actions.npz"]
     if all((path / part).is_dir() for part in parts):
         splits = ([s for s in sources if s.relative_to(path).parts[0] == part] for part in parts)
         return {"all": sources} | dict(zip(parts, splits))
@@ -285,10 +287,31 @@ def decode_all(sources, args):
     return {source: str(file) for source, file in files.items() if source not in skipped}, skipped
 
 
-class MazeVideos(Dataset):
-    """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1], index of its wall style"""
+def folder_actions(sources):
+    """What led to each frame.    -> {source: (frames, k)}, from an actions.npz beside the videos
 
-    channels, classes, skipped, identity = 3, ["bricks", "boards", "checks"], {}, []
+    Its array `actions` is (videos, frames, k), the videos in the natural order of their names."""
+    found = {}
+    for folder, group in itertools.groupby(sources, key=lambda source: source.parent):
+        group, actions = list(group), np.load(folder / "actions.npz", allow_pickle=False)["actions"]
+        if actions.ndim != 3 or len(actions) != len(group):
+            raise ValueError(f"{folder}/actions.npz: {actions.shape}, not ({len(group)} videos, frames, k)")
+        found.update(zip(group, actions))
+    return found
+
+
+def every(actions, stride):
+    """Actions that lead to each K-th frame, summed; none leads to the first.    (f, k) -> (f / K, k)"""
+    total = np.cumsum(actions, axis=0)[::stride]
+    return torch.from_numpy(np.diff(total, axis=0, prepend=total[:1])).float()
+
+
+class MazeVideos(Dataset):
+    """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1], index of its style, actions
+
+    An action (frames, 1) is the turn to the left that leads to a frame, in tenths of a radian."""
+
+    channels, action_dim, classes, skipped, identity = 3, 1, ["bricks", "boards", "checks"], {}, []
 
     def __init__(self, args, held_out=False):
         self.args, self.split = args, "test" if held_out else "train"
@@ -298,15 +321,19 @@ class MazeVideos(Dataset):
         return 2**32
 
     def __getitem__(self, i):
-        seed = maze_seed(self.split, self.args.seed * 2**32 + i)
-        video = maze_video(seed, self.args.stride * (self.args.frames - 1) + 1, self.args.size)
-        return to_model_range(video[:: self.args.stride]), maze_style(seed)
+        seed, stride = maze_seed(self.split, self.args.seed * 2**32 + i), self.args.stride
+        video = maze_video(seed, stride * (self.args.frames - 1) + 1, self.args.size)
+        actions = np.zeros((len(video), 0))
+        if self.args.actions:
+            actions = 10 * maze_turns(seed, len(video))[:, None]
+        return to_model_range(video[::stride]), maze_style(seed), every(actions, stride)
 
 
 class FolderVideos(Dataset):
-    """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, the name of its folder
+    """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, actions (frames, k)
 
-    An epoch shows a window of every video, in [-1, 1]. held_out: of the test split, if there is one."""
+    An epoch shows a window of every video, in [-1, 1]; its class is the name of its folder. held_out: of the
+    test split, if there is one."""
 
     def __init__(self, args, held_out=False):
         splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
@@ -317,8 +344,12 @@ class FolderVideos(Dataset):
         files, self.skipped = decode_all(splits[split], args)
         shapes = {source: np.load(file, mmap_mode="r").shape for source, file in files.items()}
         self.classes = sorted({source.parent.name for source in splits[split]})
-        self.videos = [(files[s], k, self.classes.index(s.parent.name)) for s, shape in shapes.items()
-                       if shape[1] >= self.span for k in range(shape[0])]
+        actions = {source: np.zeros((shape[1], 0)) for source, shape in shapes.items()}
+        if args.actions:
+            actions = folder_actions(splits[split])
+        self.videos = [(files[s], k, self.classes.index(s.parent.name), actions[s])
+                       for s, shape in shapes.items() if len(actions[s]) >= shape[1] >= self.span
+                       for k in range(shape[0])]
         short = sum(shape[0] for shape in shapes.values()) - len(self)
         self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} "
                       f"frames, {len(self.skipped)} files unreadable")
@@ -328,7 +359,7 @@ class FolderVideos(Dataset):
             raise ValueError(f"{self.about}: they have at most {longest} frames ({why})")
         # Names and shapes, not times: a copy of the data is the same data.
         self.identity = [[os.path.relpath(source, args.data), *shape] for source, shape in shapes.items()]
-        self.channels = self.identity[0][-1]
+        self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
 
     def __len__(self):
         return len(self.videos)
@@ -336,10 +367,11 @@ class FolderVideos(Dataset):
     def __getitem__(self, i):
         epoch, k = divmod(i, len(self))
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self))
-        path, video, label = self.videos[order[k]]
-        frames = np.load(path, mmap_mode="r")[video]
+        path, video, label, actions = self.videos[order[k]]
+        frames, stride = np.load(path, mmap_mode="r")[video], self.args.stride
         start = np.random.default_rng([self.args.seed, epoch, k]).integers(len(frames) - self.span + 1)
-        return to_model_range(frames[start : start + self.span : self.args.stride]), label
+        part = slice(start, start + self.span)
+        return to_model_range(frames[part][::stride]), label, every(actions[part], stride)
 
 
 def videos_of(args, held_out=False):
@@ -388,21 +420,43 @@ def write_array(path, videos):
         np.savez_compressed(file, videos=videos)
 
 
-def write_pictures(path, videos, fps, columns=16):
-    """Videos side by side as `path`.gif and .mp4, a row of frames each as .png.    uint8 (b, f, h, w, 3)"""
-    scale, rows = max(1, 64 // videos.shape[3]), math.ceil(math.sqrt(len(videos)))
-    videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
-    film = np.pad(videos, ((0, -len(videos) % rows), *4 * [(0, 0)]))
-    film = rearrange(film, "(r s) f h w c -> f (r h) (s w) c", r=rows)
-    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
-        iio.imwrite(file, film, extension=".gif", duration=1000 / fps, loop=0)
-    film = np.pad(film, ((0, 0), *((0, side % 2) for side in film.shape[1:3]), (0, 0)))  # H.264: even sides
-    with whole(path.with_suffix(".mp4")) as file:
-        file.write(iio.imwrite("<bytes>", film, extension=".mp4", plugin="pyav", codec="libx264", fps=fps))
+def enlarge(videos):
+    """uint8 (b, f, h, w, 3) -> the same in pictures of 64 pixels or more"""
+    scale = max(1, 64 // videos.shape[3])
+    return videos.repeat(scale, axis=2).repeat(scale, axis=3)
+
+
+def side_by_side(videos):
+    """Videos in rows and columns.    uint8 (b, f, h, w, 3) -> (f, H, W, 3), even sides as H.264 wants"""
+    rows = math.ceil(math.sqrt(len(videos)))
+    videos = np.pad(enlarge(videos), ((0, -len(videos) % rows), *4 * [(0, 0)]))
+    videos = rearrange(videos, "(r s) f h w c -> f (r h) (s w) c", r=rows)
+    return np.pad(videos, ((0, 0), *((0, side % 2) for side in videos.shape[1:3]), (0, 0)))
+
+
+@contextlib.contextmanager
+def film(path, fps):
+    """An MP4 that grows.    -> function that appends uint8 videos (b, f, h, w, 3), side by side"""
+    with whole(path) as file, iio.imopen(file, "w", extension=".mp4", plugin="pyav", container="mp4") as mp4:
+        mp4.init_video_stream("libx264", fps=fps)
+        yield lambda videos: [mp4.write_frame(frame) for frame in side_by_side(videos)]
+
+
+def write_sheet(path, videos, columns=16):
+    """A row for each video, time from left to right, as .png.    uint8 (b, f, h, w, 3)"""
     shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
-    cells = np.pad(videos[:, shown], ((0, 0), (0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
-    with whole(path.with_suffix(".png")) as file:
+    cells = np.pad(enlarge(videos[:, shown]), (*2 * [(0, 0)], *2 * [(0, 4)], (0, 0)), constant_values=255)
+    with whole(path) as file:
         iio.imwrite(file, rearrange(cells, "b f h w c -> (b h) (f w) c"), extension=".png")
+
+
+def write_pictures(path, videos, fps):
+    """Videos as `path`.gif, .mp4 and .png.    uint8 (b, f, h, w, 3)"""
+    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
+        iio.imwrite(file, side_by_side(videos), extension=".gif", duration=1000 / fps, loop=0)
+    with film(path.with_suffix(".mp4"), fps) as append:
+        append(videos)
+    write_sheet(path.with_suffix(".png"), videos)
 
 
 def new_folder(given, base):
@@ -514,9 +568,12 @@ def generators(seed, items, device="cpu"):
 
 
 def draw(items, shape, args, device):
-    """What an item draws besides its video.    -> t (b), noise (b, *shape), keep (b): is its class shown?"""
+    """What an item draws besides its video.    -> t, noise (b, *shape), keep (b): is its condition shown?
+
+    t is (b, f), a level for each frame [Diffusion Forcing, 2407.01392], or (b) with --no-frame-noise."""
     rngs = generators(args.seed, items, device)
-    t = [torch.randint(args.diffusion_steps, (), generator=rng, device=device) for rng in rngs]
+    levels = shape[1:2] if args.frame_noise else ()
+    t = [torch.randint(args.diffusion_steps, levels, generator=rng, device=device) for rng in rngs]
     eps = [torch.randn(shape, generator=rng, device=device) for rng in rngs]
     keep = [torch.rand((), generator=rng, device=device) >= args.cond_drop for rng in rngs]
     return torch.stack(t), torch.stack(eps), torch.stack(keep)
@@ -525,9 +582,11 @@ def draw(items, shape, args, device):
 def describe(args):
     """What makes network and diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
     size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
-    unet = dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal)
+    unet = dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal,
+                causal=args.causal)
     name, own = ("DiM", dict(size, patch=args.patch)) if args.backbone == "dim" else ("UNet3D", unet)
-    shared = dict(channels=args.channels, cond_dim=len(args.classes) or None, recompute=args.recompute)
+    shared = dict(channels=args.channels, cond_dim=len(args.classes) + args.action_dim or None,
+                  add_cond=args.action_dim > 0, recompute=args.recompute)
     return name, own | shared, dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
 
 
@@ -541,20 +600,28 @@ def build(network, network_args, args):
     return model
 
 
-def one_hot(labels, args, device):
-    """Classes as the network takes them, None if it takes none.    labels (b) integers -> (b, classes)"""
-    return F.one_hot(torch.as_tensor(labels), len(args.classes)).float().to(device) if args.classes else None
+def conditions(labels, actions, args, device):
+    """What the network is told.    labels (b), actions (b, f, k) -> (b, classes), or None for nothing
+
+    With actions it is told frame by frame, (b, f, classes + k), and nothing where they are None."""
+    cond = F.one_hot(torch.as_tensor(labels), len(args.classes)).float() if args.classes else None
+    if args.action_dim:
+        if actions is None:
+            return None
+        told = torch.as_tensor(actions).float()
+        cond = told if cond is None else torch.cat([cond[:, None].expand(-1, told.shape[1], -1), told], dim=2)
+    return None if cond is None else cond.to(device)
 
 
 def batches(data, args, rank, ranks, begin):
-    """This rank's share of all batches from item `begin` on.    -> iterator: items (b), x0, labels (b)"""
+    """This rank's share of all batches from item `begin` on.    -> iterator: items, x0, labels, actions"""
     firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
     mine = lambda: (range(first, first + args.batch) for first in firsts)
     # Loaders ignore what a terminal or a cluster sends to all processes: the run will end them.
     loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers,
                         worker_init_fn=partial(on_signal, signal.SIG_IGN),
                         pin_memory=args.device.startswith("cuda"))
-    return ((items, x0, labels) for items, (x0, labels) in zip(mine(), loader))
+    return ((items, *batch) for items, batch in zip(mine(), loader))
 
 
 def train(args, checkpoint=None):
@@ -564,6 +631,7 @@ def train(args, checkpoint=None):
     gather(torch.zeros(1))
     data = videos_of(args) if rank > 0 else data
     args.channels, args.classes = data.channels, data.classes if args.class_cond else []
+    args.action_dim = data.action_dim if args.actions else 0
     if len(args.classes) == 1:
         raise ValueError(f"--class-cond needs two classes, a folder each: all are in {args.classes[0]}")
     torch.manual_seed(args.seed)
@@ -630,17 +698,19 @@ def train(args, checkpoint=None):
         # One step.
         step, began, seen = step + 1, time.time(), []
         for k in range(args.grad_accum):
-            items, x0, labels = next(shown)
+            items, x0, labels, actions = next(shown)
             x0 = x0.to(device, non_blocking=device.type == "cuda")
+            cond = conditions(labels, actions, args, device)
             t, eps, keep = draw(items, x0.shape[1:], args, device)
             net.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                losses = diffusion.losses(x0, t, eps, one_hot(labels, args, device), keep)  # (b, f)
+                losses = diffusion.losses(x0, t, eps, cond, keep)  # (b, f)
             (losses.mean() / args.grad_accum).backward()
-            seen.append(torch.stack([t, losses.detach().mean(1)]))
+            seen.append(torch.stack([t.view(len(t), -1).expand_as(losses), losses.detach()]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
-        t, losses = rearrange(gather(torch.stack(seen)), "r a two b -> two (r a b)")
-        loss, lr = losses.mean().item(), args.lr * min(1, step / max(1, args.warmup))
+        t, losses = rearrange(gather(torch.stack(seen)), "r a two b f -> two (r a b f)")
+        loss, fall = losses.mean().item(), max(1, round(args.cooldown * args.steps))
+        lr = args.lr * min(1, step / max(1, args.warmup), (args.steps + 1 - step) / fall)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
                              "with a lower --lr, a longer --warmup or --no-amp")
@@ -675,22 +745,71 @@ def train(args, checkpoint=None):
 # 6. Sampling
 
 
+def pieces(model, args, device, numbers, past=None, progress=iter):
+    """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
+
+    A causal network draws frame by frame. Another draws windows as long as in training, each after the last
+    --past frames of the one before. past: frames (b, c, k, size, size) to go on from. A seed and a number
+    make the same video, whatever is drawn beside it."""
+    rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
+    noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
+    first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
+    how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance)
+    turn = [args.label] if args.label else args.classes  # all in turn
+    labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
+    told = conditions(labels, args.commands and [args.commands] * len(rngs), args, device)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+    diffusion = GaussianDiffusion(mixed(model.forward), **describe(args)[2]).to(device)
+    if args.causal:
+        told = told.unbind(1) if args.action_dim and told is not None else told
+        frames = stream(diffusion, partial(noise, 1), past, told, args.sample_steps, **how)
+        yield from itertools.islice(frames, args.frames)
+        return
+    window, left = args.window if args.past else args.frames, args.frames
+    while left > 0:
+        f = min(left, window - (0 if past is None else past.shape[2]))
+        x = diffusion.sample(noise(f), args.sample_steps, cond=told, past=past, progress=progress, **how)
+        yield x
+        left, past = left - f, torch.cat([x] if past is None else [past, x], dim=2)[:, :, -args.past :]
+
+
 def sample_videos(model, args, device, progress=iter):
     """--videos videos, shared out among the ranks.    -> (n, frames, size, size, c) uint8, latents float32"""
-    diffusion, parts = GaussianDiffusion(model, **describe(args)[2]).to(device), []
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     each = math.ceil(args.sample_videos / ranks)  # the last ones may be too many: all ranks gather one shape
-    mine = range(rank * each, (rank + 1) * each)
+    mine, parts = range(rank * each, (rank + 1) * each), []
     for part in (mine[i : i + args.batch] for i in range(0, each, args.batch)):
-        rngs, shape = generators(args.seed, part), (args.channels, args.frames, args.size, args.size)
-        noise = lambda *_: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
-        sampler = dpm_solver if args.sampler == "dpm" else partial(ddim, eta=args.eta, randn_like=noise)
-        turn = [args.label] if args.label else args.classes  # all in turn
-        cond = one_hot([args.classes.index(turn[i % len(turn)]) for i in part if turn], args, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            x = diffusion.sample(noise(), args.sample_steps, sampler, cond, args.guidance, progress)
+        x = torch.cat([*pieces(model, args, device, part, progress=progress)], dim=2)
         parts.append(to_pixels(x, args.latents))
     return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
+
+
+def frames_before(args):
+    """The last --past frames of the video --after.    -> (1, c, k, size, size)"""
+    need = args.stride * (args.past - 1) + 1
+    frames = deque(next(read_source(find_videos(args.after)[0], args)), maxlen=need)
+    if len(frames) < need:
+        raise ValueError(f"--after {args.after} has {len(frames)} frames; --past {args.past} takes {need}")
+    return to_model_range(np.stack(frames)[:: args.stride])[None]
+
+
+def sample_film(model, args, device, past):
+    """Videos of any length into film.mp4, as they are drawn, and frames of them into film.png."""
+    total, shown, done, stop = args.frames + (0 if past is None else past.shape[2]), [], 0, []
+    wanted = np.linspace(0, total - 1, 16).round()
+    on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))
+    drawn = pieces(model, args, device, range(args.sample_videos), past)
+    with film(args.out / "film.mp4", args.fps) as append, tqdm(total=total, unit=" frames") as bar:
+        for x in itertools.chain([] if past is None else [past], drawn):
+            videos = to_pixels(x).numpy()
+            append(videos)
+            shown += [videos[:, k] for k in range(videos.shape[1]) if done + k in wanted]
+            done += videos.shape[1]
+            bar.update(videos.shape[1])
+            if stop:
+                break
+    write_sheet(args.out / "film.png", np.stack(shown, axis=1))
+    print(f"film.mp4: {done} frames, {bar.format_dict['rate'] or 0:.1f} a second\nfilm.png: some of them")
 
 
 def sample(args, checkpoint):
@@ -698,8 +817,16 @@ def sample(args, checkpoint):
     rank, ranks, device = join(args.device)
     model = build(checkpoint["network"], checkpoint["network_args"], args)
     model.load_state_dict(checkpoint["ema"])
-    out = new_folder(args.out, checkpoint["folder"] / "sampled") if rank == 0 else None
+    model.to(device).requires_grad_(False)
+    long = args.after or args.frames > args.window and args.past
+    if long and (args.latents or args.real or ranks > 1):
+        raise ValueError(f"more than {args.window} frames, or --after: only by one process, for pixels, "
+                         "without --real")
+    past = frames_before(args).to(device).expand(args.sample_videos, -1, -1, -1, -1) if args.after else None
+    args.out = out = new_folder(args.out, checkpoint["folder"] / "sampled") if rank == 0 else None
     print(f"writes {out}")
+    if long:
+        return sample_film(model, args, device, past)
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
@@ -707,7 +834,7 @@ def sample(args, checkpoint):
         real = torch.stack([data[i][0] for i in range(args.real)])
         write_array(out / "real.npz", to_pixels(real, args.latents).numpy())
         print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
-    videos = sample_videos(model.to(device), args, device, partial(tqdm, disable=rank > 0))
+    videos = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
         write_array(out / "fake.npz", videos)
         print(f"fake.npz: {videos.dtype} {videos.shape}, videos, frames, height, width, channels")
@@ -724,10 +851,12 @@ def sample(args, checkpoint):
 # A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults. By default a CPU
 # run ends in minutes, and a GPU run is worth its device.
 
-PLACE = {"command", "run", "resume", "out", "cache", "device", "workers"}  # not stored in a checkpoint
+PLACE = {"command", "run", "resume", "out", "cache", "device", "workers", "after", "past",
+         "window", "commands"}
 DRAWING = {"sample_videos", "sampler", "sample_steps", "eta", "guidance", "label", "fps", "data", "amp"}
 LOOP = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
-MAY_CHANGE = {None: DRAWING | LOOP, "sample": DRAWING | {"frames", "size", "seed", "batch", "real"}}
+MAY_CHANGE = {None: DRAWING | LOOP,
+              "sample": DRAWING | {"frames", "size", "seed", "batch", "real", "actions"}}
 GPU = torch.cuda.is_available()
 
 
@@ -753,6 +882,9 @@ def add_data_and_model(parser):
     add = parser.add_argument_group("samples of a run").add_argument
     add("command", nargs="?", choices=("sample",), help="draw samples of RUN instead of training")
     add("run", nargs="?", metavar="RUN", help="folder of a run, or a checkpoint in it")
+    add("--after", metavar="FILE", help="go on from the end of this video")
+    add("--past", type=NATURAL, metavar="K", help="frames of --after, or of a window, that the next one "
+        "sees, by default half of it; 0 draws all frames at once")
     add("--real", type=COUNT, help="write as many videos of the test split too (if it has none: of all)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
@@ -765,10 +897,16 @@ def add_data_and_model(parser):
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
+    add("--actions", nargs="?", const=True, metavar="FILE", help="with --causal: tell what leads to each "
+        "frame, turns or actions.npz beside the videos; sample: follow an .npy of (frames, k)")
     add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
+    add("--frame-noise", action=SWITCH, default=False, help="a noise level for each frame: samples may go on "
+        "from given frames. The papers have one for each video")
+    add("--causal", action=SWITCH, default=False, help="unet: no frame sees those after it, and samples are "
+        "streams. Implies --frame-noise, --temporal mamba and, on a CPU, long clips one by one")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
     add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
     add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
@@ -788,6 +926,7 @@ def add_training_and_drawing(parser):
     add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     add("--lr", type=POSITIVE, default=3e-4 if GPU else 1e-3, help="learning rate of Adam")
     add("--warmup", type=NATURAL, default=50, help="steps in which it rises to --lr")
+    add("--cooldown", type=SHARE, default=0.2, help="last share of the steps, in which it falls to 0")
     add("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient, 0 for no limit")
     add("--ema", type=SHARE, default=0.9995 if GPU else 0.995, help="decay of the averaged weights, per step")
     add("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of weights, data order and noise")
@@ -815,19 +954,36 @@ def add_training_and_drawing(parser):
     add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
 
 
+def read_actions(path, k):
+    """The actions of a file, for each frame.    -> list of lists of k numbers"""
+    actions = np.load(path, allow_pickle=False)
+    if not k or not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != k:
+        raise ValueError(f"--actions {path}: wanted is an .npy of shape (frames, {k})" if k else
+                         f"--actions {path}: this run was trained without --actions")
+    return actions.tolist()
+
+
 def parse(argv):
     """Arguments and, if a run is named, its checkpoint. Raises ValueError."""
     parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_data_and_model(parser)
     add_training_and_drawing(parser)
+    if parser.parse_known_args(argv)[0].causal:
+        longer = {} if GPU else dict(frames=32, batch=1, steps=1200, sample_every=1200, sample_videos=1)
+        parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
     args, checkpoint = parser.parse_args(argv), None
-    if bool(args.command) != bool(args.run) or args.command and args.resume or args.real and not args.command:
-        raise ValueError("samples are drawn by: train.py sample RUN [--real N], without --resume")
-    source = args.run if args.command else args.resume
+    only = args.real or args.after or args.past is not None
+    if bool(args.command) != bool(args.run) or args.command and args.resume or only and not args.command:
+        raise ValueError("samples are drawn by: train.py sample RUN [--real N] [--after FILE], no --resume")
+    source, window, commands = args.run if args.command else args.resume, args.frames, None
     if source is not None:
         checkpoint = load_checkpoint(source)
-        saved = checkpoint["args"]
+        saved = dict(checkpoint["args"])
+        window = saved["frames"]
+        if args.command and isinstance(args.actions, str):
+            commands = read_actions(args.actions, saved["action_dim"])
+            saved["frames"] = len(commands)
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         for name in saved.keys() - MAY_CHANGE[args.command]:
             if getattr(args, name) != saved[name]:
@@ -835,6 +991,15 @@ def parse(argv):
         if args.resume and args.steps < checkpoint["step"]:
             raise ValueError(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
         args.out = str(checkpoint["folder"]) if args.resume else args.out
+    args.frame_noise |= args.causal
+    if not args.frame_noise and (args.after or args.past):
+        raise ValueError("--after and --past need a run with --frame-noise: this one knows no clean frames")
+    args.past = args.past if args.past is not None else window // 2 * args.frame_noise
+    if args.past >= window and not args.causal:
+        raise ValueError(f"--past {args.past} leaves nothing of a window, {window} frames as in training")
+    if args.actions and not args.causal or args.causal and args.backbone == "dim":
+        raise ValueError("--actions need --causal, and that needs --backbone unet")
+    args.window, args.commands = window, commands
     folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
     args.cache = str(folder.resolve().parent / "cache")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
