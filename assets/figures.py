@@ -1,0 +1,124 @@
+"""Draws the README's figures from assets/results, with matplotlib.    python assets/figures.py [NAME ...]"""
+
+import json
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
+
+
+def results(name):
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def save(figure, name):
+    figure.savefig(HERE / name, bbox_inches="tight")
+    plt.close(figure)
+
+
+def method():
+    """A level of the U-Net, and the Mamba block in its temporal layer."""
+    figure, axis = plt.subplots(figsize=(9.5, 3.4))
+    axis.set(xlim=(0, 96), ylim=(1, 34))
+    axis.axis("off")
+
+    def box(x, y, text, colour="#e8eef7", width=15, height=5):
+        axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=colour, edgecolor="#345", linewidth=0.8))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+
+    def arrow(*points):
+        for a, b in zip(points, points[1:-1]):
+            axis.plot(*zip(a, b), color="#345", linewidth=0.9)
+        axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="->", color="#345", linewidth=0.9))
+
+    level = ["5  ResBlock, twice\n(b c f h w), step t", "5  attention over space\n(b f) (h w) c",
+             "4  temporal layer\n(b h w) f c", "5  half height, width\n(b c' f h/2 w/2)"]  # fmt: skip
+    for i, text in enumerate(level):
+        box(1, 27 - 8 * i, text, "#f7e6c8" if i == 2 else "#e8eef7", width=22)
+        if i:
+            arrow((12, 35 - 8 * i), (12, 32.2 - 8 * i))
+    axis.text(1, 33, "6  a level of the U-Net", weight="bold")
+    axis.text(31, 33, "4  the temporal layer bi-mamba: a pixel's frames, both ways", weight="bold")
+    arrow((23, 13.5), (31, 13.5))
+    box(31, 11, "in_proj", width=8)
+    for y, way, name in ((21, "frame by frame, forward", "2  S6"), (11, "the same on reversed frames", "2  S6")):
+        box(46, y, "convolution, SiLU", width=15)
+        box(65, y, name, "#f7e6c8", width=8)
+        arrow((39, 13.5), (42.5, 13.5), (42.5, y + 2.5), (46, y + 2.5))
+        arrow((61, y + 2.5), (65, y + 2.5))
+        axis.text(46, y + 5.6, way, fontsize=7, color="#555")
+        arrow((73, y + 2.5), (78.5, y + 2.5), (78.5, 19 if y > 15 else 17.4))
+    axis.text(78.5, 18.1, "+", ha="center", va="center", fontsize=14)
+    box(46, 3, "SiLU(z)", width=15)
+    arrow((39, 12.5), (41, 12.5), (41, 5.5), (46, 5.5))
+    arrow((61, 5.5), (84, 5.5), (84, 16.6))
+    arrow((79.8, 18.1), (82.6, 18.1))
+    axis.text(84, 18.1, "x", ha="center", va="center", fontsize=12)
+    arrow((85.2, 18.1), (87, 18.1))
+    box(87, 15.6, "out_proj", width=8)
+    save(figure, "method.png")
+
+
+def memory():
+    """Bytes of a training step against the number of frames, and where seconds are known those."""
+    found = results("memory")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(3, 2))
+    names = dict.fromkeys(key.split()[1] for key in found if key.startswith("bytes "))
+    for name, colour in zip(names, plt.get_cmap("tab10").colors):
+        style = dict(color=colour, marker="." if "+" in name else "o", linestyle="--" if "+" in name else "-", ms=4)
+        points = [(int(key.split()[2]), value / 2**30) for key, value in found.items()
+                  if key.startswith(f"bytes {name} ")]  # fmt: skip
+        axes[0].loglog(*zip(*points), label=name, **style)
+        timed = [(int(key.split()[1]), value[name]) for key, value in found.items()
+                 if key.startswith("seconds ") and name in value]  # fmt: skip
+        if timed:
+            axes[1].loglog(*zip(*timed), **style)
+    axes[0].set(xlabel="frames", ylabel="peak of a training step, GiB")
+    axes[1].set(xlabel="frames", ylabel="seconds of a training step")
+    axes[0].legend(fontsize=7, frameon=False)
+    save(figure, "memory.png")
+
+
+def stream():
+    """A stream of 5,000 frames: pixels and style against time."""
+    one, many = results("streams")["one stream of 5,000 frames"], results("streams")["64 streams"]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 2.8))
+    for values, real, name in zip(zip(*one["look"]), one["real"], ("mean", "spread", "edges")):
+        axes[0].plot(100 * np.arange(1, len(values) + 1), np.array(values) / real, label=name)
+    axes[0].set(xlabel="frame", ylabel="stream / real walks", ylim=(0.8, 1.2), title="pixels, of 100 frames each")
+    axes[0].legend(frameon=False)
+    axes[1].plot(many["style_kept"])
+    axes[1].set(xlabel="frame", ylim=(0, 1.05), title=f"{many['count']} streams: share with the style of frame 8")
+    save(figure, "stream.png")
+
+
+def maze():
+    """A moving picture: walks of the data, samples and a stream, with captions."""
+    found, pictures = np.load(HERE / "results/frames.npz"), []
+    columns, captions = [found[name] for name in ("data", "samples", "stream")], found["captions"].tolist()
+    for k in range(min(map(len, (column[0] for column in columns)))):
+        figure, axes = plt.subplots(1, len(columns), figsize=(6.6, 2.5))
+        for axis, column, caption in zip(axes, columns, captions):
+            rows = [np.concatenate([video[k] for video in column[i : i + 2]], 1) for i in (0, 2)]
+            axis.imshow(np.concatenate(rows, 0), interpolation="nearest")
+            axis.set_title(caption, fontsize=7)
+            axis.set_xlabel(f"frame {k}", fontsize=6)
+            axis.set(xticks=[], yticks=[])
+        figure.tight_layout()
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+        plt.close(figure)
+    iio.imwrite(HERE / "maze.gif", np.stack(pictures), duration=125, loop=0)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("method", "memory", "stream", "maze"):
+        globals()[name]()

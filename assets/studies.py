@@ -1,0 +1,209 @@
+"""What the papers claim, and what streams do, measured.    python assets/studies.py NAME [--run RUN]
+
+    memory      a training step of the 14.1M U-Net against the number of frames: bytes and seconds
+    streams     5,000 frames of a causal run, and 64 streams: drift, style, distance from real walks, time
+    actions     how well streams of a run with --actions follow the turns they are told
+
+Each study writes assets/results/NAME.json, row by row: one that was stopped goes on where it was. Bytes are
+counted from tensors, the same on every machine; seconds want a quiet one. figures.py draws the files."""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+import bench
+import fvd
+import train
+import vdm_ssm
+
+FRAMES = 8, 16, 32, 64, 128, 256, 512, 1024
+VARIANTS = ("attention-explicit", "attention", "linear-attention", "bi-s4d", "bi-mamba", "bi-s4d+recompute",
+            "bi-mamba+recompute")  # fmt: skip
+
+
+class Results(dict):
+    """The rows of a study, written to its file after each."""
+
+    def __init__(self, name):
+        self.path = HERE / "results" / f"{name}.json"
+        if self.path.exists():
+            self.update(json.loads(self.path.read_text()))
+        self["made with"] = dict(command=" ".join(["python", *sys.argv]), torch=torch.__version__,
+                                 machine=f"{os.cpu_count()} cores, {platform.machine()}")  # fmt: skip
+
+    def row(self, key, compute):
+        if key not in self:
+            self[key] = compute()
+            print(key, self[key] if len(str(self[key])) < 200 else "...", flush=True)
+            with train.whole(self.path) as file:
+                file.write(json.dumps(self, indent=1).encode())
+        return self[key]
+
+
+# ---- Memory and time against frames
+
+
+def memory(results, run):
+    for f in FRAMES:
+        for variant in VARIANTS:
+            results.row(f"bytes {variant} {f}", lambda: bench.step_bytes(variant, f, fake=True))
+    for variant in VARIANTS:  # counts without data are those with it
+        results.row(f"bytes with data {variant} 16", lambda: bench.step_bytes(variant, 16))
+    for f in FRAMES:
+        before = results.get(f"seconds {f // 2}", {})  # the last row shows what would take a minute
+        short = [v for v in VARIANTS if before.get(v, 99 if before else 0) < 20 and results[f"bytes {v} {f}"] < 12e9]
+        calls = lambda: {variant: bench.training_step(variant, f) for variant in short}
+        rows = lambda: {v: float(np.median(r["seconds"])) for v, r in bench.time_in_turns(calls(), 3).items()}
+        results.row(f"seconds {f}", rows)
+
+
+# ---- What a picture of the maze tells
+
+
+def style_of(frames):
+    """The style of the walls in each frame, -1 for none.    uint8 (..., h, w, 3) -> int (...)"""
+    hues = np.array([np.mean(tones, 0) for tones in train.TONES] + [train.SKY])
+    hues = hues - hues.mean(1, keepdims=True)
+    colour = frames - np.mean(frames, -1, keepdims=True, dtype=np.float32)  # without its grey
+    score = colour @ (hues / np.linalg.norm(hues, axis=1, keepdims=True)).T.astype(np.float32)
+    nearest = np.where(score.max(-1) > 15, score.argmax(-1), -1)
+    share = np.stack([(nearest == style).mean((-2, -1)) for style in range(3)], -1)
+    return np.where(share.max(-1) > 0.02, share.argmax(-1), -1)
+
+
+def look(frames):
+    """Mean, spread and contrast of neighbours of the pixels.    uint8 (..., h, w, 3) -> three floats"""
+    x = np.asarray(frames, np.float32)
+    edges = abs(np.diff(x, axis=-2)).mean() + abs(np.diff(x, axis=-3)).mean()
+    return [round(float(value), 2) for value in (x.mean(), x.std(), edges / 2)]
+
+
+def walks(first, count, frames, size):
+    """Real walks that no run has seen.    -> uint8 (count, frames, size, size, 3)"""
+    seeds = (train.maze_seed("test", i) for i in range(first, first + count))
+    return np.stack([train.maze_video(seed, frames, size) for seed in seeds])
+
+
+def streams_of(run, count, seed, cond=None, steps=5):
+    """Frames of streams side by side.    -> yields uint8 (count, size, size, 3)"""
+    checkpoint = train.load_checkpoint(run)
+    net = getattr(vdm_ssm, checkpoint["network"])(**checkpoint["network_args"]).requires_grad_(False)
+    net.load_state_dict(checkpoint["ema"])
+    net.to(memory_format=torch.channels_last)
+    diffusion = vdm_ssm.GaussianDiffusion(net, **checkpoint["diffusion_args"])
+    generator, size = torch.Generator().manual_seed(seed), checkpoint["args"]["size"]
+    noise = lambda: torch.randn(count, 3, 1, size, size, generator=generator)
+    for x in vdm_ssm.stream(diffusion, noise, cond=cond, steps=steps):
+        yield train.to_pixels(x)[:, 0].numpy()
+
+
+# ---- Streams
+
+
+def one_long_stream(run, total=5000):
+    """-> look of each 100 frames, styles, seconds and memory of a stream, beside a real walk's look"""
+    frames, seconds, peaks = [], [], []
+    began = time.perf_counter()
+    for k, frame in enumerate(itertools.islice(streams_of(run, 1, 0), total), 1):
+        frames.append(frame[0])
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        if k in (100, total):
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - k * frame.nbytes / 2**20)
+    frames = np.stack(frames)
+    real = walks(0, 8, total // 8, frames.shape[1])
+    return dict(look=[look(part) for part in np.split(frames, total // 100)], real=look(real),
+                style=np.bincount(style_of(frames) + 1, minlength=4).tolist(),
+                style_kept=float((style_of(frames) == style_of(frames[8])).mean()),
+                seconds_first_500=float(np.mean(seconds[10:510])),
+                seconds_last_500=float(np.mean(seconds[-500:])),
+                mib_at_100=peaks[0], mib_at_end=peaks[1])  # fmt: skip
+
+
+def many_streams(run, count=64, frames=256):
+    """-> share of streams with the style of frame 8 at each later one, FD-random of first and last frames"""
+    videos = np.stack([*itertools.islice(streams_of(run, count, 1), frames)], axis=1)  # (count, f, h, w, 3)
+    real, style, net = walks(0, 2 * count, 16, videos.shape[2]), style_of(videos), fvd.random_i3d()
+    sets = real[:count], real[count:], videos[:, :16], videos[:, -16:]
+    features = [fvd.video_features(clips, net) for clips in sets]
+    distance = [fvd.frechet_distance(features[0], other) for other in features[1:]]
+    return dict(zip(("fd_real", "fd_first_16", "fd_last_16"), distance), count=count, frames=frames,
+                style_kept=[float((style[:, k] == style[:, 8]).mean()) for k in range(frames)],
+                look_first=look(sets[2]), look_last=look(sets[3]), look_real=look(real))  # fmt: skip
+
+
+def streams(results, run):
+    results.row("style of real walks is seen", lambda: real_styles())
+    results.row("one stream of 5,000 frames", lambda: one_long_stream(run))
+    results.row("64 streams", lambda: many_streams(run))
+
+
+def real_styles(count=48):
+    styles = np.array([train.maze_style(train.maze_seed("test", i)) for i in range(count)])
+    return float((style_of(walks(0, count, 64, 16)) == styles[:, None]).mean())
+
+
+# ---- Actions
+
+
+def pairs(first, count, frames=33, size=16):
+    """Two frames of real walks and the turn between them.    -> (n, 6, size, size), (n)"""
+    videos = torch.from_numpy(walks(first, count, frames, size)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    seeds = (train.maze_seed("test", i) for i in range(first, first + count))
+    turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))
+    return torch.cat([videos[:, :-1], videos[:, 1:]], dim=2).flatten(0, 1), turns[:, 1:].flatten()
+
+
+def regressor(steps=1500):
+    """A network that reads the turn off two frames, trained on real walks.    -> module, its correlation"""
+    torch.manual_seed(0)
+    conv = lambda c, c_out: [torch.nn.Conv2d(c, c_out, 3, 2, 1), torch.nn.SiLU()]
+    net = torch.nn.Sequential(*conv(6, 32), *conv(32, 64), torch.nn.Flatten(), torch.nn.Linear(1024, 128),
+                              torch.nn.SiLU(), torch.nn.Linear(128, 1))  # fmt: skip
+    x, turn = pairs(1000, 600)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for step in range(steps):
+        part = torch.randint(len(x), (128,))
+        (net(x[part])[:, 0] - turn[part]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, turn = pairs(2000, 50)
+    return net, float(np.corrcoef(net(x)[:, 0].detach(), turn)[0, 1])
+
+
+def follow(run, net, count=8, frames=200):
+    """-> correlation of commanded and seen turns, of each stream and of all"""
+    seeds = [train.maze_seed("test", 5000 + i) for i in range(count)]
+    turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))  # (count, frames)
+    videos = np.stack([*streams_of(run, count, 2, cond=(10 * turns)[..., None].unbind(1))], axis=1)
+    x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    seen = net(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)).detach().view(count, -1)
+    told, correlation = turns[:, 1:], lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
+    return dict(each=[correlation(*both) for both in zip(seen, told)], all=correlation(seen, told))
+
+
+def actions(results, run):
+    net, real = regressor()
+    results.row("regressor on real walks", lambda: real)
+    results.row("8 streams of 200 frames", lambda: follow(run, net))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", choices=("memory", "streams", "actions"))
+    parser.add_argument("--run", default="runs/maze", help="a causal run, for streams and actions")
+    options = parser.parse_args()
+    globals()[options.name](Results(options.name), options.run)
