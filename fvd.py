@@ -4,7 +4,6 @@
     python fvd.py REAL FAKE --download                          the same, fetching the weights once
     python fvd.py REAL FAKE --features random                   no weights at hand: FD-random, not FVD
     python fvd.py REAL FAKE --protocol paper --json out.json    the numbers as [3] computed them
-    python fvd.py REAL FAKE --save-features real.npz            next time, real.npz may stand for REAL
 
 REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library:
 
@@ -39,12 +38,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from imageio.v3 import imopen
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -79,16 +77,6 @@ class Video(NamedTuple):
     scale: tuple = ()  # (low, high): the values of black and white in an array of floats
 
 
-def printable(path):
-    """The path with control characters and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
-
-
-def natural(path):
-    """Sort key under which frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
-
-
 @contextlib.contextmanager
 def naming(name):
     """Within it, whatever a decoder raises becomes UnreadableVideo with this name."""
@@ -100,8 +88,32 @@ def naming(name):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = re.split(r"\n|\. ", reason.strip())[0]
         if type(error) is not ValueError:
-            reason = f"it cannot be read; is it damaged, cut off, or no video? ({reason})"
+            reason = f"it cannot be read; is it damaged, cut off, mere audio, or no video? ({reason})"
         raise UnreadableVideo(name, reason) from error
+
+
+def printable(path):
+    """The path with control characters and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def natural(path):
+    """Sort key under which frame_2 comes before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
+
+
+def having(paths, suffixes):
+    """Those of the paths with one of the suffixes, in natural order; none that begins with a dot."""
+    return sorted((path for path in paths if path.suffix.lower() in suffixes and path.name[0] != "."),
+                  key=natural)
+
+
+def head(path, size):
+    """The first bytes of a file. Raises ValueError for what had better not be opened."""
+    if not path.is_file():
+        raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
+    with open(path, "rb") as raw:
+        return raw.read(size)
 
 
 def find_videos(root):
@@ -115,19 +127,18 @@ def find_videos(root):
         if not os.path.lexists(root):
             raise UnreadableVideo(printable(root), "there is no such file or folder")
         return [root]
-    found, others, seen = [], Counter(), set()
+    found, held, seen = [], Counter(), set()
     unlisted = lambda error: found.append(Path(error.filename))  # open_videos will say why
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
-        new = os.path.realpath(folder) not in seen
+        again = os.path.realpath(folder) in seen
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if new and not name.startswith("."))
-        paths = [Path(folder, name) for name in files if new and not name.startswith(".")]
-        videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES]
-        images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
-        found += videos or [Path(folder)] * (images > 1)  # a single one is a preview
-        others.update(path.suffix or "suffixless" for path in paths)
+        subfolders[:] = sorted(name for name in subfolders if not again and name[0] != ".")
+        paths = [] if again else [Path(folder, name) for name in files]
+        several = len(having(paths, IMAGE_SUFFIXES)) > 1  # a single one is a preview
+        found += having(paths, VIDEO_SUFFIXES + ARRAY_SUFFIXES) or [Path(folder)] * several
+        held.update(path.suffix or "suffixless" for path in paths)
     if not found:
-        held = ", ".join(f"{k} {suffix}" for suffix, k in others.most_common(5)) or "nothing"
+        held = ", ".join(f"{k} {suffix}" for suffix, k in held.most_common(5)) or "nothing"
         raise UnreadableVideo(printable(root), f"no video in it (found {held}); wanted are "
                               f"{' '.join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)} or folders of images")
     return sorted(found, key=natural)
@@ -139,14 +150,13 @@ def open_videos(path, scale=None):
     `scale` is (low, high), the values of black and white in float arrays; None decides by `float_scale`.
     Raises UnreadableVideo; never opens a pipe, socket or device."""
     path = Path(path)
-    name = printable(path)
+    name, suffix = printable(path), path.suffix.lower()
     with naming(name):
         if path.is_dir():
             return [Video(name, partial(folder_frames, path))]
-        require_file(path)
-        if path.suffix.lower() in ARRAY_SUFFIXES:
+        drawn = head(path, 4) == b"GIF8" or suffix in IMAGE_SUFFIXES
+        if suffix in ARRAY_SUFFIXES:
             return array_videos(path, name, scale)
-        drawn = path.suffix.lower() in IMAGE_SUFFIXES or head(path, 4) == b"GIF8"
         return [Video(name, partial(pictures if drawn else film_frames, path))]
 
 
@@ -165,48 +175,27 @@ def read_frames(video):
             raise ValueError("no frame in it")
 
 
-def check_floats(sources):
-    """Raises ValueError if the float arrays of a data set differ in what looks black: one rule holds for all.
-
-    A bright clip in [-1, 1] may look like one in [0, 1], and only its neighbours tell."""
-    looks = {}
-    for source in (source for source in sources if source.suffix.lower() in ARRAY_SUFFIXES):
-        with contextlib.suppress(UnreadableVideo):  # read_frames will name it
-            looks.update((video.scale, video.name) for video in open_videos(source) if video.scale)
-    if len(looks) > 1:
-        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say "
-                         "what all are by --floats unit or --floats symmetric")
-
-
-def head(path, size):
-    with open(path, "rb") as raw:
-        return raw.read(size)
-
-
-def require_file(path):
-    if not path.is_file():
-        raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
-
-
 def film_frames(path):
     """The film of an mp4, mov, mkv, webm or avi, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
-    with open(path, "rb") as raw, av.open(raw, metadata_errors="ignore") as file:  # a path may be an address
-        film = file.streams.best("video") if file.streams.video else None
-        cover = film and film.disposition & av.stream.Disposition.attached_pic
-        if film is None or film.codec_context is None or cover:
-            raise ValueError("no video stream in it, only audio or data")
+    with open(path, "rb") as raw, imopen(raw, "r", plugin="pyav", metadata_errors="ignore") as file:
+        # imageio's own handle on FFmpeg. What read() gives has no packets, index or marks of damage to count.
+        ffmpeg = file._container
+        film = ffmpeg.streams.best("video")
+        if film is None or film.codec_context is None or "attached_pic" in str(film.disposition):
+            raise ValueError("no video stream in it, only audio, data or a cover")
         film.codec_context.thread_count = 1  # it is the videos that are decoded in parallel
         packets = frames = 0
-        for packet in file.demux(film):
+        for packet in ffmpeg.demux(film):
             packets += packet.size > 0
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise ValueError(f"frame {frames} is damaged")
                 if frames == 0:  # once: a frame whose side data was seen lives until garbage is collected
-                    turn = upright(frame.side_data.get("DISPLAYMATRIX"))
+                    matrix = frame.side_data.get("DISPLAYMATRIX")
+                    turn = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist() if matrix else EXIF[1]
                 frames += 1
-                yield turn(frame.to_ndarray(format="rgb24"))
-        kind, table = file.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
+                yield upright(frame.to_ndarray(format="rgb24"), *turn)
+        kind, table = ffmpeg.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
         if kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
             given, wanted = frames, sum(not entry.is_discard for entry in table)
         elif kind in ("matroska", "avi"):
@@ -219,15 +208,15 @@ def film_frames(path):
             raise ValueError(f"{given} frames come out of the {wanted} it declares; it is damaged")
 
 
-def upright(matrix):
-    """How players turn what a phone recorded lying.    display matrix or None -> function of (h, w, 3)"""
-    if matrix is None:
-        return lambda pixels: pixels
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
-    lying = abs(b) > abs(a)
-    flip_x, flip_y = (c, b) if lying else (a, d)
-    steps = (slice(None, None, -1 if flip_y < 0 else 1), slice(None, None, -1 if flip_x < 0 else 1))
-    return lambda pixels: np.ascontiguousarray((pixels.swapaxes(0, 1) if lying else pixels)[steps])
+EXIF = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),  # as matrices of films
+        5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+
+
+def upright(pixels, a, b, c, d):
+    """What a camera stored lying, as it stood: at (a x + c y, b x + d y).    (h, w, ...) -> (h', w', ...)"""
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
 def matroska_blocks(path, stream):
@@ -262,40 +251,38 @@ def matroska_blocks(path, stream):
 def pictures(path, most=None):
     """The pictures of a gif, or of any file of images, by Pillow.    path -> yields uint8 (h, w, 3)"""
     with naming(printable(path)):
-        require_file(path)
-        with open(path, "rb") as raw, Image.open(raw) as image:
-            moving = image.format in ("GIF", "PNG", "WEBP", "TIFF")  # a stereo photograph is one picture
-            count = getattr(image, "n_frames", 1) if moving else 1
-            if image.format == "GIF" and count != gif_count(path.read_bytes()):
+        start = head(path, 4)
+        with open(path, "rb") as raw, imopen(raw, "r", plugin="pillow") as file:
+            stereo = start[:2] == b"\xff\xd8"  # a JPEG is one picture, even if it is seen by two eyes
+            count = 1 if stereo else file.properties(index=...).n_images
+            if start == b"GIF8" and count != gif_count(path.read_bytes()):
                 raise ValueError("pictures of the gif are missing; it is damaged")
             if most and count > most:
                 raise ValueError("an animation among the frames of a folder; move it out")
-            for number in range(count):
-                image.seek(number)
-                shown = ImageOps.exif_transpose(image)
-                if shown.mode in ("I", "F"):
-                    raise ValueError(f"pixels of Pillow's mode {shown.mode}; wanted are 8 or 16 bits")
-                deep = shown.mode.startswith("I;16")  # 65535 = 255 * 257
-                yield rgb8((np.asarray(shown) / 257).round() if deep else np.asarray(shown.convert("RGB")))
+            for k in range(count):
+                mode = file.metadata(index=k)["mode"]
+                if mode in ("I", "F"):
+                    raise ValueError(f"pixels of Pillow's mode {mode}; wanted are 8 or 16 bits")
+                deep = mode.startswith("I;16")  # 65535 = 255 * 257
+                pixels = file.read(index=k, mode=None if deep else "RGB")
+                lies = file.metadata(index=k, exclude_applied=False).get("Orientation")
+                yield rgb8(upright((pixels / 257).round() if deep else pixels, *EXIF.get(lies, EXIF[1])))
 
 
 def gif_count(data):
     """Number of pictures in a gif, block by block, for Pillow takes a cut for the end.    bytes -> int
 
-    A gif that lacks its end mark alone, or bears a byte or zeros behind it, is whole. A cut exactly between
-    two pictures looks the same, and no reader can tell it."""
+    A cut exactly between two pictures looks like a gif without its end mark, and no reader can tell it."""
     table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0  # bytes of a colour table
-    at, count, kind = 13 + table(data[10]), 0, 0x2C
-    while at < len(data) and data[at] != 0x3B:  # the end mark
-        kind = data[at]
-        if kind not in (0x21, 0x2C):
-            raise ValueError("a block of the gif is damaged")
-        count += kind == 0x2C  # a picture; 0x21 is an extension
-        at += 11 + table(data[at + 9]) if kind == 0x2C else 2
+    at, count, last = 13 + table(data[10]), 0, b""
+    while (kind := data[at:at + 1]) in (b"!", b","):  # an extension, a picture
+        last = kind
+        count += kind == b","
+        at += 11 + table(data[at + 9]) if kind == b"," else 2
         while data[at]:  # pieces of at most 255 bytes, each led by its length
             at += 1 + data[at]
         at += 1
-    if at == len(data) and kind != 0x2C or len(data[at + 1:].replace(b"\0", b"")) > 2:
+    if not (re.fullmatch(rb";(\0*|.)", data[at:], re.DOTALL) or last == b"," and at == len(data)):
         raise ValueError("the gif has no end mark, or one too early; it is truncated or damaged")
     return count
 
@@ -305,8 +292,7 @@ def folder_frames(folder):
 
     Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or a size.
     Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths = sorted((path for path in paths if not path.name.startswith(".")), key=natural)
+    paths = having(folder.iterdir(), IMAGE_SUFFIXES)
     digits = [re.findall("[0-9]+", path.stem) for path in paths]
     if len(set(map(len, digits))) == 1 < len(paths) and digits[0]:
         columns = list(zip(*digits))
@@ -381,6 +367,19 @@ def float_scale(videos):
     if low < -1.001 or high > 1.001:
         raise ValueError(f"floats from {low:.4g} to {high:.4g} fit neither [0, 1] nor [-1, 1]; save uint8")
     return (0, 1) if low >= -0.001 else (-1, 1)
+
+
+def check_floats(sources):
+    """Raises ValueError if the float arrays of a data set differ in what looks black: one rule holds for all.
+
+    A bright clip in [-1, 1] may look like one in [0, 1], and only its neighbours tell."""
+    looks = {}
+    for source in (source for source in sources if source.suffix.lower() in ARRAY_SUFFIXES):
+        with contextlib.suppress(UnreadableVideo):  # read_frames will name it
+            looks.update((video.scale, video.name) for video in open_videos(source) if video.scale)
+    if len(looks) > 1:
+        raise ValueError(f"floats look like [0, 1] in {looks[0, 1]} and like [-1, 1] in {looks[-1, 1]}; say "
+                         "what all are by --floats unit or --floats symmetric")
 
 
 def rgb8(frame, scale=()):
