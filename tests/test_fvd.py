@@ -433,8 +433,8 @@ def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
             ((real, fake, "--save-features", tmp_path / "no" / "c.npz"), "folder"),
             ((real, fake, "--save-features", real / "c.npz"), "REAL")]:
         assert word in score(capsys, *args, rc=2), args
-    for change, word in ((["--frames", "8"], "halves time"), (["--frames", "x"], "invalid int"),
-                         (["--batch", "0"], "at least 1"), (["--clips-per-video", "-1"], "at least 1")):
+    for change, word in ((["--frames", "8"], "at least 9"), (["--frames", "x"], "invalid int"),
+                         (["--batch", "0"], "--batch"), (["--clips-per-video", "-1"], "--clips-per-video")):
         with pytest.raises(SystemExit) as caught:
             fvd.main([*map(str, sets), *change])
         assert caught.value.code == 2 and word in capsys.readouterr().err

@@ -344,8 +344,6 @@ def test_scale_of_floats_is_decided_by_the_whole_file_or_stated(tmp_path):
     assert (dark == 64).all() and (bright == 191).all()
     path = save_array(tmp_path / "b.npy", videos[1])
     assert (read_one(path) == 128).all() and (read_one(path, scale=(-1, 1)) == 191).all()
-    with pytest.raises(ValueError, match="--floats"):
-        fvd.check_floats(find_videos(tmp_path))
 
 
 @pytest.mark.parametrize("dtype, high", [("float32", 255), ("float32", 1.5), ("int64", 0), ("uint16", 0),
@@ -415,7 +413,7 @@ def test_odd_names_are_read(tmp_path, name):
 
 def test_a_folder_without_videos_says_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UnreadableVideo, match="1 .txt"):
+    with pytest.raises(UnreadableVideo, match=".txt"):
         find_videos(tmp_path)
     with pytest.raises(UnreadableVideo, match="no such"):
         find_videos(tmp_path / "nowhere")
