@@ -2,21 +2,19 @@
 
     python fvd.py REAL FAKE --download                     FVD and KVD of two sets of videos
     python fvd.py REAL FAKE --features random              without weights: FD-random, not FVD
-    python fvd.py REAL FAKE --save-features real.npz       next time, real.npz may stand for REAL
 
 REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library:
 
     net = load_i3d("i3d_pretrained_400.pt")                or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). The file needs torch, numpy, tqdm and imageio[pyav] alone.
-Letters: n videos, t frames (every axis of time here), h w height and width, c channels, d features (400).
+with real and fake uint8 (n, t, h, w, 3). Letters: n videos, t frames, h w height and width, c channels, d
+features (400).
 
 References
   [1] Unterthiner et al., FVD, arXiv 1812.01717    [2] Carreira and Zisserman, I3D, arXiv 1705.07750
-  [3] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711
-  [4] Binkowski et al., Demystifying MMD GANs (the kernel distance), arXiv 1801.01401
-  [5] Naeem et al., Reliable Fidelity and Diversity Metrics (random embeddings), arXiv 2002.09797"""
+  [3] Oshima et al., SSM Meets Video Diffusion Models, arXiv 2403.07711    [4] Binkowski et al., Demystifying
+  MMD GANs, arXiv 1801.01401    [5] Naeem et al., Fidelity and Diversity Metrics, arXiv 2002.09797"""
 import argparse
 import contextlib
 import hashlib
@@ -53,8 +51,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".ti
 REWRITE = "rewrite it with: ffmpeg -i IN -c copy OUT.mp4"
 
 
-# One video, not decoded yet. Its name is printable: "samples.npz[3]" is the fourth of an array. decode() yields
-# uint8 (h, w, 3), and raises if some are missing. scale says what is black and what white in floats.
+# One video, not decoded yet. name is printable: "samples.npz[3]" is the fourth of an array. decode() yields
+# uint8 (h, w, 3), or raises. scale holds what is black and what is white, if the video is an array of floats.
 Video = namedtuple("Video", "name decode scale", defaults=[()])
 
 
@@ -269,15 +267,14 @@ def folder_frames(folder):
     Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
     paths = sorted(having(folder.iterdir(), IMAGE_SUFFIXES), key=natural)
     columns = zip(*(re.findall("[0-9]+", path.stem) for path in paths))
-    varying = zip(*(column for column in columns if len(set(column)) > 1))
-    numbers = [int("".join(parts)) for parts in varying]
+    varying = (column for column in columns if len(set(column)) > 1)
+    numbers = [int("".join(digits)) for digits in zip(*varying)]
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
     usual = max(1, min(steps, default=1))
     stamps = numbers[:1] > [10**9] or usual > 9 and math.gcd(*steps) != usual
     for step, before, after in zip(steps, paths, paths[1:]):
         if step < 1 or step != usual and not stamps:
-            raise ValueError(f"frames are missing or mixed: {printable(after.name)} follows "
-                             f"{printable(before.name)}")
+            raise ValueError(printable(f"frames are missing or mixed: {after.name} follows {before.name}"))
     for path in paths:
         with naming(printable(path)):
             frame, *others = islice(pictures(path), 2)
@@ -344,18 +341,16 @@ def rgb8(frame, scale=()):
             raise ValueError("it holds NaN or infinite values")
         frame = ((frame.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255)
     frame = frame if frame.ndim == 3 else frame[..., None]
-    frame = frame[..., :3] if frame.shape[-1] >= 3 else frame[..., :1].repeat(3, axis=-1)
-    return np.array(frame, dtype=np.uint8)
+    return np.array(frame[..., :3] if frame.shape[-1] >= 3 else frame[..., [0, 0, 0]], dtype=np.uint8)
 
 
 # -----------------------------------------------------------------------------
 # 2. I3D
 #
 # FVD's features are the 400 logits of I3D [2], an Inception network inflated to
-# three dimensions and trained on Kinetics-400 alone, averaged over time. Three
-# details move the score: no softmax, BatchNorm's eps = 1e-3, and TensorFlow's
-# SAME padding, which depends on the size of the input and may be lopsided: just
-# enough zeros for the last window, which begins at (size - 1) // s * s.
+# three dimensions, averaged over time. Three details move the score: no softmax,
+# BatchNorm's eps = 1e-3, and TensorFlow's SAME padding: just enough zeros for the
+# last window, which begins at (size - 1) // s * s; of an odd number, more behind.
 
 def same_pad(x, kernel, stride):
     """TensorFlow's SAME padding with zeros.    x (n, c, t, h, w) -> (n, c, t', h', w')"""
@@ -434,7 +429,6 @@ class I3D(nn.Module):
 #
 # Two published files hold this network: a state dict and a TorchScript program,
 # which runs code when it is loaded. So a file is hashed before it is opened.
-# Other I3D files (rgb_imagenet.pt, model_rgb.pth) are another network: not FVD.
 
 STATE_DICT = "i3d_pretrained_400.pt"
 STATE_DICT_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
@@ -443,10 +437,10 @@ TORCHSCRIPT = "i3d_torchscript.pt"
 TORCHSCRIPT_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fvd", STATE_DICT)
-BY_HAND = f"""Get one of these two files and pass it as --weights FILE, or put the first one at {WEIGHTS} :
-  {STATE_DICT}, 49 MB, from {STATE_DICT_URL}, whose `git hash-object` is {STATE_DICT_GIT_SHA1}
-  {TORCHSCRIPT}, 51 MB, from {TORCHSCRIPT_URL}, whose sha256 is {TORCHSCRIPT_SHA256}
-Or let --download fetch the first, or score without weights by --features random."""
+BY_HAND = f"""Get one of these, pass it as --weights FILE, or let --download fetch the first to {WEIGHTS} :
+  {STATE_DICT_URL}, `git hash-object` {STATE_DICT_GIT_SHA1}
+  {TORCHSCRIPT_URL}, sha256 {TORCHSCRIPT_SHA256}
+Or score without weights by --features random."""
 
 
 def published(path):
@@ -707,16 +701,13 @@ RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description="Frechet Video Distance of two sets of videos: folders of videos, arrays (n, t, h, w, c) "
-        "or (n, c, t, h, w), or folders of images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Frechet Video Distance of two sets of videos.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("real", help="folder or file of real videos, or what --save-features wrote")
-    add("fake", help="folder or file of generated videos")
-    add("--protocol", choices=PROTOCOLS, default="standard", help="standard: half-pixel resize, [-1, 1]; "
-        "original: TF1 resize, [-1, 1]; paper: TF1 resize, [0, 1], as SSM Meets Video Diffusion Models")
-    add("--floats", choices=RANGES, help="float arrays hold [-1, 1] or [0, 1]; without it, a file within "
-        "[0, 1] is taken for that, else for [-1, 1], and files that differ are refused")
+    add("fake", help="folder or file of generated videos: films, arrays (n, t, h, w, c), folders of images")
+    add("--protocol", choices=PROTOCOLS, default="standard", help="original: TF1's resize; paper: and [0, 1]")
+    add("--floats", choices=RANGES, help="[-1, 1] or [0, 1] in all arrays; without it, each file tells")
     add("--frames", type=int, default=16, metavar="T", help="of a clip, at least 9 for I3D")
     add("--clips-per-video", type=int, default=1, metavar="K", help="at most", dest="clips")
     add("--window", choices=["random", "first"], default="random", help="which frames of a video")
