@@ -33,6 +33,28 @@ class Pixels(nn.Module):
         return F.adaptive_avg_pool3d(x, 2).flatten(1)
 
 
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Two sets of videos, and a small network in the place of random I3D."""
+    monkeypatch.setattr(fvd, "random_i3d", Pixels)
+    real, fake = tmp_path / "real", tmp_path / "fake.npz"
+    real.mkdir()
+    for k, video in enumerate(noise(6, t=20, seed=1)):
+        np.save(real / f"{k}.npy", video)
+    np.savez(fake, videos=noise(6, t=16, seed=2, high=128))
+    return real, fake
+
+
+def score(capsys, *args, rc=0):
+    """The result as --json writes it, output and errors of the command, or its one sentence if rc is 2."""
+    file = pathlib.Path(args[0]).parent / "out.json"
+    assert fvd.main([*map(str, args), *(["--features", "random"] if "--weights" not in args else []),
+                     *(["--json", str(file)] if "--json" not in args else [])]) == rc
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return (json.loads(file.read_text()), out, err) if rc == 0 else err.strip().splitlines()[-1]
+
+
 # ------------------------------------------------------------------ I3D
 
 @pytest.fixture(scope="module")
@@ -113,12 +135,10 @@ def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
     product = lambda x: x.new_ones(len(x), 4) @ x.new_ones(4, 4) / 3
     with torch.autocast("cpu", torch.bfloat16):
         assert (fvd.video_features(noise(2), product) - 4 / 3).abs().max() < 1e-6
+    for wrong in (noise(2) / 255, torch.from_numpy(noise(2)).double()):
+        with pytest.raises(ValueError, match="uint8"):
+            fvd.video_features(wrong, Pixels())
 
-
-def test_other_clips_than_bytes_are_refused_by_the_features(golden_net):
-    for clips in (noise(2) / 255, torch.from_numpy(noise(2)).float()):
-        with pytest.raises(ValueError):
-            fvd.video_features(clips, golden_net)
 
 
 # ------------------------------------------------------------------ distances
@@ -144,23 +164,15 @@ def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
     mean, rotation = torch.linspace(-1, 2, d).double(), torch.linalg.qr(normal(d, d, seed=3)).Q
     a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
     wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
-    assert abs(fvd.frechet_distance(a, b) / wanted - 1) < 1e-8
-
-
-def test_distance_is_symmetric_and_ignores_a_common_shift():
-    a, b = normal(90, 40, 1), normal(70, 40, 2) * 2
     d = fvd.frechet_distance(a, b)
-    assert d == pytest.approx(fvd.frechet_distance(b, a), rel=1e-10)
-    assert d == pytest.approx(fvd.frechet_distance(a + 1000, b + 1000), rel=1e-9)
-    assert d == pytest.approx(fvd.frechet_distance(a.numpy(), b.numpy()), rel=1e-12)
+    assert abs(d / wanted - 1) < 1e-8
+    for same in ((b, a), (a + 1000, b + 1000), (a.numpy(), b.numpy())):
+        assert fvd.frechet_distance(*same) == pytest.approx(d, rel=1e-9)
 
 
-def test_distance_of_small_sets_is_biased_as_stated():
+def test_distance_of_small_sets_is_biased_as_stated_and_of_one_video_or_nan_refused():
     for n, stated in ((64, 552), (1000, 81)):
         assert abs(fvd.frechet_distance(normal(n, 400, 1), normal(n, 400, 2)) / stated - 1) < 0.02
-
-
-def test_distance_of_too_few_videos_or_of_nan_is_refused():
     x = normal(9, 4)
     x[6, 1] = float("nan")
     for wrong, word in ((normal(0, 4), "n >= 2"), (normal(1, 4), "n >= 2"), (x, r"\[6\]")):
@@ -192,7 +204,7 @@ def published(tmp_path, monkeypatch, golden_net):
     return path
 
 
-def test_state_dict_is_loaded_if_its_hash_is_known_and_else_refused_with_what_to_do(published, golden_net):
+def test_weights_of_known_hash_are_loaded_and_others_refused_with_what_to_do(published, golden_net, tmp_path):
     state = fvd.load_i3d(published).state_dict()
     assert all(torch.equal(state[name], value) for name, value in golden_net.state_dict().items())
     published.write_bytes(published.read_bytes()[:-100])
@@ -200,8 +212,13 @@ def test_state_dict_is_loaded_if_its_hash_is_known_and_else_refused_with_what_to
         fvd.load_i3d(published)
     for needed in (fvd.STATE_DICT_URL, fvd.TORCHSCRIPT_URL, fvd.TORCHSCRIPT_SHA256, "--weights"):
         assert needed in str(caught.value)
-    with pytest.raises(ValueError, match="no state dict"):
-        fvd.load_i3d(published, allow_unknown=True)
+    class Bomb:
+        def __reduce__(self):
+            return pytest.fail, ("code was run",)
+    torch.save({"logits": Bomb()}, tmp_path / "bomb.pt")
+    for path in (published, tmp_path / "bomb.pt"):
+        with pytest.raises(ValueError, match="no state dict"):
+            fvd.load_i3d(path, allow_unknown=True)
 
 
 class Scripted(nn.Module):
@@ -213,25 +230,19 @@ class Scripted(nn.Module):
         return x.mean((2, 3, 4))
 
 
-def test_torchscript_is_told_apart_and_needs_a_known_hash(tmp_path, monkeypatch):
+def test_torchscript_is_told_apart_and_needs_a_known_hash(sets, capsys, tmp_path, monkeypatch):
     path, x = tmp_path / "net.pt", torch.rand(2, 3, 9, 4, 4)
     torch.jit.script(Scripted()).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
         with pytest.raises(ValueError, match="truncated"):
             fvd.load_i3d(path)
-    assert torch.equal(fvd.load_i3d(path, allow_unknown=True)(x), x.mean((2, 3, 4)))
+    _, out, _ = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
+    assert out.startswith("FVD ") and "may not be FVD" in out
     monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert torch.equal(fvd.load_i3d(path)(x), x.mean((2, 3, 4)))
-
-
-def test_pickles_are_not_executed_even_if_unknown_weights_are_allowed(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return pytest.fail, ("code was run",)
-    torch.save({"logits": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="no state dict"):
-        fvd.load_i3d(tmp_path / "a.pt", allow_unknown=True)
+    _, out, _ = score(capsys, *sets, "--weights", path)
+    assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
 
 
 def test_download_verifies_and_then_appears_whole_or_not_at_all(published, tmp_path):
@@ -248,28 +259,6 @@ def test_download_verifies_and_then_appears_whole_or_not_at_all(published, tmp_p
 
 
 # ------------------------------------------------------------------ the command
-
-@pytest.fixture
-def sets(tmp_path, monkeypatch):
-    """Two sets of videos, and a small network in the place of random I3D."""
-    monkeypatch.setattr(fvd, "random_i3d", Pixels)
-    real, fake = tmp_path / "real", tmp_path / "fake.npz"
-    real.mkdir()
-    for k, video in enumerate(noise(6, t=20, seed=1)):
-        np.save(real / f"{k}.npy", video)
-    np.savez(fake, videos=noise(6, t=16, seed=2, high=128))
-    return real, fake
-
-
-def score(capsys, *args, rc=0):
-    """The result as --json writes it, output and errors of the command, or its one sentence if rc is 2."""
-    file = pathlib.Path(args[0]).parent / "out.json"
-    assert fvd.main([*map(str, args), *(["--features", "random"] if "--weights" not in args else []),
-                     *(["--json", str(file)] if "--json" not in args else [])]) == rc
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return (json.loads(file.read_text()), out, err) if rc == 0 else err.strip().splitlines()[-1]
-
 
 @pytest.mark.parametrize("protocol", fvd.PROTOCOLS)
 def test_command_equals_the_library_and_prints_all_that_the_number_depends_on(sets, capsys, protocol):
@@ -309,11 +298,16 @@ def test_every_window_of_a_video_is_as_likely_and_is_taken_once():
     assert np.abs(counts - 160).max() < 40  # four standard deviations
 
 
-def test_seed_chooses_the_windows_and_clips_per_video_counts_clips(sets, capsys):
+def test_seed_chooses_the_windows_and_what_makes_sets_unequal_is_warned_about(sets, capsys, tmp_path):
     one, same, other = (score(capsys, *sets, "--seed", seed)[0]["value"] for seed in (1, 1, 2))
     assert one == same != other
     result, out, _ = score(capsys, *sets, "--clips-per-video", 3)
     assert (result["real"]["clips"], result["fake"]["clips"]) == (18, 6) and "unequal numbers" in out
+    (tmp_path / "gifs").mkdir()
+    for k in range(3):
+        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
+    out = score(capsys, sets[0], tmp_path / "gifs")[1]
+    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
 
 
 def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, capsys, tmp_path):
@@ -329,14 +323,6 @@ def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, cap
     assert [len(result[name]["left_out"]) for name in ("real", "fake")] == [2, 1]
     assert result["real"]["videos"] == 6 and result["fake"]["videos"] == 3
     assert "strict" in score(capsys, real, fake, "--strict", rc=2)
-
-
-def test_unequal_sizes_and_compressed_fakes_are_warned_about(sets, capsys, tmp_path):
-    (tmp_path / "gifs").mkdir()
-    for k in range(3):
-        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
-    out = score(capsys, sets[0], tmp_path / "gifs")[1]
-    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
 
 
 def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys, tmp_path):
@@ -366,16 +352,6 @@ def test_without_weights_nothing_is_fetched_and_the_mend_is_said(sets, capsys, m
         assert needed in err
 
 
-def test_verified_weights_give_fvd_and_unknown_ones_a_warning(sets, capsys, monkeypatch, tmp_path):
-    path = tmp_path / "net.pt"
-    torch.jit.script(Scripted()).save(path)
-    _, out, _ = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
-    assert out.startswith("FVD ") and "may not be FVD" in out
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    _, out, _ = score(capsys, *sets, "--weights", path)
-    assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
-
-
 def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
     real, fake = sets
     (tmp_path / "empty").mkdir()
@@ -398,18 +374,16 @@ def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
         assert caught.value.code == 2 and change[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("pieces", [
-    "frechet_distance", "kernel_distance", "resize_tf1", "preprocess resize_tf1",
-    "video_features preprocess resize_tf1", "same_pad", "Unit3D same_pad", "I3D same_pad Unit3D"])
-def test_pieces_can_be_pasted_with_what_they_name_as_needed(pieces):
+@pytest.mark.parametrize("pieces, inputs", [
+    ("frechet_distance", (normal(5, 3), normal(4, 3))), ("kernel_distance", (normal(5, 3), normal(4, 3))),
+    ("resize_tf1", (torch.rand(2, 8, 8),)), ("preprocess resize_tf1", (torch.from_numpy(noise(1)[0]), "tf1")),
+    ("video_features preprocess resize_tf1", (noise(2), Pixels(), "tf1")),
+    ("same_pad", (torch.rand(1, 1, 5, 5, 5), (3, 3, 3), (2, 2, 2))),
+    ("Unit3D same_pad", (3, 4)), ("I3D same_pad Unit3D", ())])
+def test_pieces_can_be_pasted_with_what_they_name_as_needed(pieces, inputs):
     notebook = {"torch": torch, "nn": nn, "F": F}
     piece, *needs = pieces.split()
     for name in pieces.split():
         exec(inspect.getsource(getattr(fvd, name)), notebook)
     assert all(name in getattr(fvd, piece).__doc__.split("Needs:")[1] for name in needs)
-    a, b = normal(5, 3), normal(4, 3)
-    calls = {"frechet_distance": (a, b), "kernel_distance": (a, b),
-             "resize_tf1": (torch.rand(2, 8, 8),), "preprocess": (torch.from_numpy(noise(1)[0]), "tf1"),
-             "video_features": (noise(2), Pixels(), "tf1"), "Unit3D": (3, 4), "I3D": (),
-             "same_pad": (torch.rand(1, 1, 5, 5, 5), (3, 3, 3), (2, 2, 2))}
-    assert notebook[piece](*calls[piece]) is not None
+    assert notebook[piece](*inputs) is not None
