@@ -83,14 +83,11 @@ def printable(path):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
-def natural(path):
-    """Sort key under which frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
-
-
-def having(paths, suffixes):
-    """Those of the paths that have one of the suffixes, and no dot before their name."""
-    return [path for path in paths if path.suffix.lower() in suffixes and path.name[0] != "."]
+def in_order(paths, suffixes=None):
+    """The paths in natural order, frame_2 before frame_10; given suffixes, those that bear one openly."""
+    natural = lambda path: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", str(path))]
+    wanted = lambda path: suffixes is None or path.suffix.lower() in suffixes and path.name[0] != "."
+    return sorted(filter(wanted, paths), key=natural)
 
 
 def head(path, size):
@@ -117,13 +114,13 @@ def find_videos(root):
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not again and name[0] != ".")
         paths = [] if again else [Path(folder, name) for name in files]
-        several = len(having(paths, IMAGE_SUFFIXES)) > 1  # a single one is a preview
-        found += having(paths, VIDEO_SUFFIXES + ARRAY_SUFFIXES) or [Path(folder)] * several
+        several = len(in_order(paths, IMAGE_SUFFIXES)) > 1  # a single one is a preview
+        found += in_order(paths, VIDEO_SUFFIXES + ARRAY_SUFFIXES) or [Path(folder)] * several
         held.update(path.suffix or path.name for path in paths)
     if not found:
         raise UnreadableVideo(printable(root), f"no video in it, but {dict(held.most_common(5))}; wanted are "
                               f"{' '.join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)} or folders of images")
-    return sorted(found, key=natural)
+    return in_order(found)
 
 
 def open_videos(path, scale=None):
@@ -135,7 +132,7 @@ def open_videos(path, scale=None):
     with naming(name):
         if path.is_dir():
             return [Video(name, partial(folder_frames, path))]
-        drawn = head(path, 4) == b"GIF8" or having([path], IMAGE_SUFFIXES)
+        drawn = head(path, 4) == b"GIF8" or path.suffix.lower() in IMAGE_SUFFIXES
         if path.suffix.lower() in ARRAY_SUFFIXES:
             return array_videos(path, scale)
         return [Video(name, partial(pictures if drawn else film_frames, path))]
@@ -265,7 +262,7 @@ def folder_frames(folder):
 
     Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or a size.
     Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
-    paths = sorted(having(folder.iterdir(), IMAGE_SUFFIXES), key=natural)
+    paths = in_order(folder.iterdir(), IMAGE_SUFFIXES)
     columns = zip(*(re.findall("[0-9]+", path.stem) for path in paths))
     varying = (column for column in columns if len(set(column)) > 1)
     numbers = [int("".join(digits)) for digits in zip(*varying)]
@@ -362,9 +359,7 @@ def same_pad(x, kernel, stride):
 
 
 class Unit3D(nn.Module):
-    """Convolution, BatchNorm, ReLU.    x (n, c_in, t, h, w) -> (n, c_out, t/s, h/s, w/s)
-
-    Needs: same_pad."""
+    """Convolution, BatchNorm, ReLU.    x (n, c_in, t, h, w) -> (n, c_out, t/s, h/s, w/s). Needs: same_pad."""
 
     def __init__(self, c_in, c_out, kernel=1, stride=1):
         super().__init__()
@@ -524,22 +519,18 @@ PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "original": ("tf1", (-1, 1)), 
 
 def resize_tf1(x, size=224):
     """TensorFlow 1's bilinear resize, without half-pixel centres.    x (..., h, w) -> (..., s, s)"""
-    for axis in (-1, -2):
-        length = x.shape[axis]
+    for _ in range(2):  # along w, then along h
+        length = x.shape[-1]
         scale = torch.tensor(length / size, dtype=torch.float32)  # TensorFlow rounds here, visibly
-        source = torch.arange(size, dtype=torch.float32).mul(scale).to(x.device)
-        low = source.floor().long()
-        high = (low + 1).clamp(max=length - 1)
-        weight = (source - low).unflatten(0, (size, 1) if axis == -2 else (size,))
-        below, above = x.index_select(axis, low), x.index_select(axis, high)
-        x = below + (above - below) * weight
+        source = (torch.arange(size) * scale).to(x.device)
+        low = source.long()
+        below, above = x[..., low], x[..., (low + 1).clamp(max=length - 1)]
+        x = (below + (above - below) * (source - low)).transpose(-1, -2)
     return x
 
 
 def preprocess(clip, resize="half-pixel", value_range=(-1, 1)):
-    """Frames as I3D takes them.    clip uint8 (t, h, w, 3) -> float (3, t, 224, 224)
-
-    Needs: resize_tf1."""
+    """Frames as I3D takes them.    uint8 (t, h, w, 3) -> float (3, t, 224, 224). Needs: resize_tf1."""
     clip = torch.as_tensor(clip)
     if clip.dtype != torch.uint8 or clip.ndim != 4:
         raise ValueError(f"a clip is uint8 (t, h, w, 3) in 0..255, not {clip.dtype} {tuple(clip.shape)}")
@@ -580,14 +571,12 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 def frechet_distance(a, b):
     """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
 
-    Tensors or arrays; n and m at least 2. The fewer there are, the higher the distance of two samples of one
-    distribution: compare numbers of equal n only."""
+    Of two samples of one distribution it is the higher, the fewer they are: compare numbers of equal n only."""
     means, roots = [], []
     for x in (torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()):
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"a covariance needs features (n >= 2, d), not {tuple(x.shape)}")
-        if not x.isfinite().all():
-            rows = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+        if rows := (~x.isfinite().all(1)).nonzero().flatten().tolist():
             raise ValueError(f"the features of clips {rows[:10]} are NaN or infinite")
         means.append(x.mean(0))
         root = (x - means[-1]) / (len(x) - 1) ** 0.5            # (n, d)
@@ -600,7 +589,7 @@ def frechet_distance(a, b):
 def kernel_distance(a, b):
     """Unbiased squared MMD, kernel (x.y / d + 1)^3 [1, 4].    a (n, d), b (m, d) -> float
 
-    KVD, if the features are I3D's. Its mean is 0 for two samples of one distribution, at any n."""
+    Its mean is 0 for two samples of one distribution, at any n. KVD, if the features are I3D's."""
     a, b = torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3                       # (n, m)
     others = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))          # the mean off the diagonal
@@ -620,10 +609,9 @@ def cut_clips(video, frames, clips, window, protocol, rng):
     clips / (k + 1): at the end all windows were equally likely."""
     chosen, growing = {}, deque()
     for k, frame in enumerate(read_frames(video)):
-        if window == "random":
-            place = k if k < clips else int(rng.integers(k + 1))
-        else:
-            place = k // frames if k % frames == 0 else clips
+        drawn = k if k < clips else int(rng.integers(k + 1))
+        first = clips if k % frames else k // frames
+        place = drawn if window == "random" else first
         if place < clips:
             growing.append((place, []))
         if growing:
@@ -642,8 +630,7 @@ def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, 
     """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
 
     `cutting` are settings of cut_clips. Damaged and short videos are named on stderr and left out. Raises
-    ValueError if too few are left, if any was left out and `strict`, or if floats seem to differ in what is
-    black: a bright clip in [-1, 1] may look like one in [0, 1]."""
+    ValueError if too few are left, if any was left out and `strict`, or if floats seem to differ in range."""
     sources, left_out = find_videos(root), []
     facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(), "values": Counter(),
              "compressed": 0}
@@ -735,8 +722,7 @@ def run(args):
             raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
     if save and (not save.endswith(".npz") or Path(args.real).resolve() in Path(save).resolve().parents):
         raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL")
-    for root in (args.real, args.fake):
-        find_videos(root)
+    find_videos(args.real), find_videos(args.fake)  # a wrong name is found before weights are fetched
     if args.download and args.features == "i3d":
         download_weights(args.weights)
     if args.features == "i3d":
