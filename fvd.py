@@ -546,7 +546,7 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 
     `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes, so memory
     does not grow with n. Float clips (3, t, 224, 224) have been preprocessed. Float32 throughout, even within
-    an autocast. Needs: preprocess, resize_tf1."""
+    an autocast. Needs: preprocess."""
     clips, features = iter(clips), [torch.empty(0)]
     exact = torch.autocast(torch.device(device).type, enabled=False)
     with exact, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
@@ -571,7 +571,7 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 def frechet_distance(a, b):
     """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
 
-    Of two samples of one distribution it is the higher, the fewer they are: compare numbers of equal n only."""
+    The fewer they are, the higher it is for two samples of one distribution: compare equal n only."""
     means, roots = [], []
     for x in (torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()):
         if x.ndim != 2 or len(x) < 2:
