@@ -101,8 +101,8 @@ def head(path, size):
 def find_videos(root):
     """Sources of videos at or below `root`, in natural order.    path -> list of Path
 
-    A source is a file with a suffix above, or a folder of several images without such a file (one per frame).
-    Links are followed, each folder once. Nothing is opened. Raises UnreadableVideo if there is no source."""
+    A source is a file with a suffix above, or a folder of several images without such a file, one per frame.
+    Links are followed, each folder once. Raises UnreadableVideo if there is no source."""
     root, found, held, seen = Path(root), [], Counter(), set()
     if not os.path.lexists(root):
         raise UnreadableVideo(printable(root), "there is no such file or folder")
@@ -139,9 +139,7 @@ def open_videos(path, scale=None):
 
 
 def read_frames(video):
-    """Decode one video, lazily.    Video -> yields uint8 RGB (h, w, 3)
-
-    Raises UnreadableVideo, possibly after some frames: they count only if the iterator ends."""
+    """Decode a video, lazily, and raise UnreadableVideo if any is lost.    Video -> yields uint8 (h, w, 3)"""
     with naming(video.name):
         shapes = set()
         for frame in video.decode():
@@ -455,9 +453,7 @@ class TorchScriptI3D(nn.Sequential):
 
 
 def load_i3d(path, allow_unknown=False):
-    """I3D with the weights of a published file.    path -> nn.Module
-
-    Raises ValueError if the file is missing, or is none of the two and `allow_unknown` is False."""
+    """I3D with the weights of a published file, or else ValueError.    path -> nn.Module"""
     which = published(path) if os.path.isfile(path) else None
     if which is None or "unknown" in which and not allow_unknown:
         raise ValueError(f"{path}: this file is missing, truncated, or another one than the published ones, "
@@ -514,6 +510,7 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
 # `standard` is most PyTorch code, `original` the code of [1], and `paper` the
 # code of [3], whose line 2 x - 1 is commented out.
 
+RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
 PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "original": ("tf1", (-1, 1)), "paper": ("tf1", (0, 1))}
 
 
@@ -565,8 +562,8 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
 #     d^2 = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 #
 # With S = A^T A, where A holds the centred features over sqrt(n - 1), the last
-# trace is the nuclear norm (the sum of the singular values) of A1 A2^T: real and
-# exact, unlike a root of S1 S2. If n > d, the triangle of A = QR takes A's place.
+# trace is the sum of the singular values of A1 A2^T: real and exact, unlike a
+# root of S1 S2. If n > d, the triangle of A = QR takes A's place.
 
 def frechet_distance(a, b):
     """Frechet distance of two sets of features [1], in float64.    a (n, d), b (m, d) -> float
@@ -587,9 +584,7 @@ def frechet_distance(a, b):
 
 
 def kernel_distance(a, b):
-    """Unbiased squared MMD, kernel (x.y / d + 1)^3 [1, 4].    a (n, d), b (m, d) -> float
-
-    Its mean is 0 for two samples of one distribution, at any n. KVD, if the features are I3D's."""
+    """Unbiased squared MMD, kernel (x.y / d + 1)^3 [1, 4]; of I3D, KVD.    a (n, d), b (m, d) -> float"""
     a, b = torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3                       # (n, m)
     others = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))          # the mean off the diagonal
@@ -683,9 +678,6 @@ def saved_features(path, settings):
 
 # -----------------------------------------------------------------------------
 # 7. The command
-
-RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
-
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="Frechet Video Distance of two sets of videos.",
