@@ -88,6 +88,8 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
     cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 14)] + [-300, -60, -20, -1]
     starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 12)]
     noisy = [data[:k] + noise + data[k + 100:] for k in starts]  # decoders may paint over it
+    marks = [k for k, byte in enumerate(data) if byte == 0xA3]  # in an mkv some of them announce a frame
+    noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:8] + marks[-8:]]
     for changes, least in (([data[:k] for k in cuts], 14), (noisy, 1)):
         lengths = []
         for changed in changes:
@@ -227,7 +229,8 @@ def test_images_of_any_mode_are_shown_as_a_viewer_shows_them(tmp_path):
             ("cmyk.jpg", picture.convert("CMYK"), rgb)):
         saved.save(tmp_path / name, quality=95)
         wanted = wanted if wanted.ndim == 3 else np.stack([wanted] * 3, -1)
-        assert distance(read_one(tmp_path / name)[0], wanted) < 4, name
+        lossy = name in ("palette.png", "cmyk.jpg")
+        assert distance(read_one(tmp_path / name)[0], wanted) <= 4 * lossy, name
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", ".png"), ("L", ".png"), ("P", ".png"), ("L", ".tif")])
@@ -323,11 +326,12 @@ def test_pipes_dangling_links_and_folders_without_videos_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["sp ace", "\u4f60\u597d \u00fc", "new\nline", "-dash", "<bytes>", "a.zip",
                                   "imageio:x", "percent%20", "\udcff", "q'uo\"te", "http:"])
-def test_odd_names_are_read(films, tmp_path, name):
+def test_odd_names_are_read(films, tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
     for suffix in (".mp4", ".gif", ".npy", ".pt", ".png"):
         path = films.get(suffix) or save(tmp_path / f"a{suffix}", moving_square())
         (tmp_path / name / f"{name}{suffix}").write_bytes(path.read_bytes())
-    for path in (tmp_path / name).iterdir():
+    monkeypatch.chdir(tmp_path / name)
+    for path in os.listdir():  # no address, no option, no example of imageio's
         video, = open_videos(path)
         assert len(list(read_frames(video))) == 30 and video.name.isprintable() and video.name.encode()
