@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import mmap
 import os
 import re
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from imageio.plugins.pyav import PyAVPlugin
 from imageio.v3 import imopen
 from tqdm import tqdm
 
@@ -49,7 +49,6 @@ VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 REWRITE = "rewrite it with: ffmpeg -i IN -c copy OUT.mp4"
-
 
 # One video, not decoded yet. name is printable: "samples.npz[3]" is the fourth of an array. decode() yields
 # uint8 (h, w, 3), or raises. scale holds what is black and what is white, if the video is an array of floats.
@@ -151,9 +150,17 @@ def read_frames(video):
             raise ValueError("no frame in it")
 
 
+class FilmPlugin(PyAVPlugin):
+    """imageio's reader, whose own close() collects garbage for longer than a short film takes to decode."""
+
+    def close(self):
+        if self._container:
+            self._container.close()
+
+
 def film_frames(path):
     """The film of an mp4, mov, mkv, webm or avi, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
-    with open(path, "rb") as raw, imopen(raw, "r", plugin="pyav", metadata_errors="ignore") as file:
+    with open(path, "rb") as raw, imopen(raw, "r", plugin=FilmPlugin, metadata_errors="ignore") as file:
         # imageio's handle on FFmpeg: its read() shows no packets, index or damage, which tell lost frames.
         ffmpeg, frames, packets = file._container, 0, 0
         film = ffmpeg.streams.best("video")
@@ -266,7 +273,7 @@ def folder_frames(folder):
     numbers = [int("".join(digits)) for digits in zip(*varying)]
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
     usual = max(1, min(steps, default=1))
-    stamps = numbers[:1] > [10**9] or usual > 9 and math.gcd(*steps) != usual
+    stamps = numbers[:1] > [10**9] or usual > 9 and np.gcd.reduce(steps) != usual
     for step, before, after in zip(steps, paths, paths[1:]):
         if step < 1 or step != usual and not stamps:
             raise ValueError(printable(f"frames are missing or mixed: {after.name} follows {before.name}"))
