@@ -315,7 +315,7 @@ def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, cap
     assert "strict" in score(capsys, real, fake, "--strict", rc=2)
 
 
-def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys, tmp_path):
+def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys):
     for k in range(2):
         np.save(sets[0] / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
     assert "--floats" in score(capsys, *sets, rc=2)
