@@ -1,6 +1,5 @@
 """The metric: the network by golden numbers, the distance by theorems, the command by vandalism."""
 import hashlib
-import inspect
 import json
 import os
 import pathlib
@@ -22,95 +21,8 @@ def normal(n, d, seed=0):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((n, d)))
 
 
-# ------------------------------------------------------------------ I3D
-
-@pytest.fixture(scope="module")
-def golden_net():
-    return fvd.random_i3d(seed=0)
-
-
-# Computed with the original TensorFlow graph of I3D, deepmind/i3d-kinetics-400/1, and these weights.
-GOLDEN = {10: ([0.322822, -0.614799, 0.509731, -0.071957], 0.0096239, 11.849011),
-          16: ([0.442057, -0.608858, 0.614313, -0.003159], 0.0130542, 13.219552)}
-
-
-@pytest.mark.parametrize("t", GOLDEN)
-def test_i3d_equals_the_original_graph(golden_net, t):
-    first, mean, norm = GOLDEN[t]
-    x = np.random.RandomState(1).uniform(-1, 1, (2, t, 224, 224, 3)).astype(np.float32)
-    y = golden_net(torch.from_numpy(x).permute(0, 4, 1, 2, 3))
-    assert y.shape == (2, 400)
-    assert torch.allclose(y[0, :4], torch.tensor(first), atol=1e-5)
-    assert abs(y.mean().item() - mean) < 1e-6 and abs(y.norm().item() - norm) < 1e-4
-
-
-def test_i3d_has_the_tensors_of_the_published_state_dict(golden_net):
-    state = golden_net.state_dict()
-    assert len(state) == 287 and not any("num_batches" in name for name in state)
-    assert sum(p.numel() for p in golden_net.parameters()) == 12697264
-    assert state["Mixed_4e.b1b.conv3d.weight"].shape == (288, 144, 3, 3, 3)
-    assert state["logits.conv3d.bias"].shape == (400,)
-
-
-def test_i3d_refuses_eight_frames_and_takes_nine(golden_net):
-    assert golden_net(torch.zeros(1, 3, 9, 224, 224)).shape == (1, 400)
-    for shape in ((1, 3, 8, 224, 224), (1, 3, 9, 112, 112), (1, 1, 9, 224, 224)):
-        with pytest.raises(ValueError, match="t >= 9"):
-            golden_net(torch.zeros(shape))
-
-
-def same_sizes(size, k, s):
-    """Front and back padding of TensorFlow's SAME, from its definition out = ceil(size / s)."""
-    total = max((-(-size // s) - 1) * s + k - size, 0)
-    return total // 2, total - total // 2
-
-
-@pytest.mark.parametrize("k, s", [(7, 2), (3, 2), (2, 2), (3, 1), (1, 1), (1, 2)])
-def test_same_padding_follows_its_definition(k, s):
-    for size in range(1, 20):
-        x = torch.ones(1, 1, size, 5, 5)
-        front, back = same_sizes(size, k, s)
-        got = fvd.same_pad(x, (k, 1, 1), (s, 1, 1))[0, 0, :, 0, 0]
-        assert got.tolist() == [0] * front + [1] * size + [0] * back
-
-
-# ------------------------------------------------------------------ preprocessing
-
-def numpy_tf1(x, size=224):
-    """source = destination * (in / out), clamped at the edge, as matrices.    (h, w) -> (size, size)"""
-    def matrix(length):
-        m = np.zeros((size, length))
-        for i in range(size):
-            source = float(np.float32(i) * (np.float32(length) / np.float32(size)))
-            low = int(source)
-            m[i, low] += 1 - (source - low)
-            m[i, min(low + 1, length - 1)] += source - low
-        return m
-    return matrix(x.shape[0]) @ x @ matrix(x.shape[1]).T
-
-
-@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (128, 128), (240, 320), (224, 224), (9, 300), (1, 1)])
-def test_tf1_resize_samples_at_destination_times_in_over_out(shape):
-    x = np.random.default_rng(0).integers(0, 256, shape).astype(np.float64)
-    got = fvd.resize_tf1(torch.from_numpy(x).float()[None, None])[0, 0]
-    assert got.shape == (224, 224)
-    assert np.abs(got.numpy() - numpy_tf1(x)).max() < 1e-4
-
-
-def test_half_pixel_resize_samples_between_pixel_centres():
-    ramp = torch.arange(8, dtype=torch.uint8).expand(9, 8, 8)[..., None].expand(9, 8, 8, 3)
-    row = fvd.preprocess(ramp, "half-pixel", (0, 255))[0, 0, 0]
-    wanted = ((torch.arange(224) + 0.5) * 8 / 224 - 0.5).clamp(0, 7)  # at x the ramp's value is x
-    assert torch.allclose(row, wanted, atol=1e-5)
-
-
-def test_protocols_differ_in_resize_and_range():
-    clip = torch.tensor([0, 255], dtype=torch.uint8)[None, None, :, None].expand(9, 2, 2, 3)
-    rows = {name: fvd.preprocess(clip, *fvd.PROTOCOLS[name])[0, 0, 0] for name in fvd.PROTOCOLS}
-    assert torch.allclose(rows["paper"], (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
-    assert torch.allclose(rows["original"], 2 * rows["paper"] - 1, atol=1e-6)
-    assert rows["standard"][0] == -1
-    assert torch.allclose(rows["standard"], -rows["standard"].flip(0), atol=1e-6)
+def noise(n, t=16, size=8, seed=0, high=256):
+    return np.random.default_rng(seed).integers(0, high, (n, t, size, size, 3), dtype=np.uint8)
 
 
 class Pixels(nn.Module):
@@ -119,174 +31,6 @@ class Pixels(nn.Module):
     def forward(self, x):
         return F.adaptive_avg_pool3d(x, 2).flatten(1)
 
-
-def noise(n, t=16, size=8, seed=0, high=256):
-    return np.random.default_rng(seed).integers(0, high, (n, t, size, size, 3), dtype=np.uint8)
-
-
-def test_features_do_not_depend_on_the_batch():
-    clips = noise(7)
-    one, three = (fvd.video_features(clips, Pixels(), batch=batch) for batch in (1, 3))
-    assert one.shape == (7, 24) and one.dtype == torch.float64 and torch.allclose(one, three, atol=1e-7)
-    assert torch.allclose(one, fvd.video_features(torch.from_numpy(clips), Pixels()), atol=1e-7)
-
-
-def test_features_are_exact_even_within_an_autocast():
-    class Product(nn.Module):
-        def forward(self, x):
-            return x.new_ones(len(x), 4) @ x.new_ones(4, 4) / 3
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (fvd.video_features(noise(2), Product()) - 4 / 3).abs().max() < 1e-6
-
-
-def test_other_clips_than_bytes_are_refused_by_the_features(golden_net):
-    with pytest.raises(ValueError):
-        fvd.video_features(noise(2) / 255, golden_net)
-    with pytest.raises(ValueError):
-        fvd.video_features(torch.from_numpy(noise(2)).float(), golden_net)
-
-
-# ------------------------------------------------------------------ distances
-
-def whitened(n, d, seed):
-    """n points of mean exactly 0 and covariance exactly 1 (over n - 1).    -> (n, d)"""
-    x = normal(n, d, seed)
-    q = torch.linalg.qr(x - x.mean(0)).Q
-    return (q - q.mean(0)) * (n - 1) ** 0.5
-
-
-@pytest.mark.parametrize("n, d", [(2, 400), (50, 400), (400, 400), (401, 400), (900, 400), (500, 20)])
-def test_distance_of_identical_sets_is_zero(n, d):
-    x = normal(n, d) * torch.linspace(0, 3, d) + 5
-    assert fvd.frechet_distance(x, x) < 1e-9
-    assert fvd.frechet_distance(x, x.flip(0)) < 1e-9
-    low = x @ normal(d, d // 10 or 1, 1) @ normal(d // 10 or 1, d, 2)  # without full rank
-    assert fvd.frechet_distance(low, low) < 1e-9 * low.var(0).sum()
-
-
-@pytest.mark.parametrize("n, m, d", [(300, 500, 40), (60, 900, 50), (60, 70, 50), (55, 60, 54)])
-def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
-    std1, std2 = torch.linspace(0.5, 3, d).double(), torch.linspace(2, 0.1, d).double()
-    mean = torch.linspace(-1, 2, d).double()
-    rotation = torch.linalg.qr(normal(d, d, seed=3)).Q
-    a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
-    wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
-    assert abs(fvd.frechet_distance(a, b) / wanted - 1) < 1e-8
-
-
-def test_distance_is_symmetric_and_ignores_a_common_shift():
-    a, b = normal(90, 40, 1), normal(70, 40, 2) * 2
-    d = fvd.frechet_distance(a, b)
-    assert d == pytest.approx(fvd.frechet_distance(b, a), rel=1e-10)
-    assert d == pytest.approx(fvd.frechet_distance(a + 1000, b + 1000), rel=1e-9)
-    assert d == pytest.approx(fvd.frechet_distance(a.numpy(), b.numpy()), rel=1e-12)
-
-
-def test_distance_of_small_sets_is_biased_as_stated():
-    for n, stated in ((64, 552), (1000, 81)):
-        assert abs(fvd.frechet_distance(normal(n, 400, 1), normal(n, 400, 2)) / stated - 1) < 0.02
-
-
-def test_distance_of_too_few_videos_or_of_nan_is_refused():
-    x = normal(9, 4)
-    x[6, 1] = float("nan")
-    for wrong, word in ((normal(0, 4), "n >= 2"), (normal(1, 4), "n >= 2"), (x, r"\[6\]")):
-        with pytest.raises(ValueError, match=word):
-            fvd.frechet_distance(normal(9, 4), wrong)
-
-
-def test_kernel_distance_is_its_definition():
-    a, b = normal(6, 5, 1), normal(4, 5, 2)
-    k = lambda x, y: (float(x @ y) / 5 + 1) ** 3
-    wanted = (sum(k(a[i], a[j]) for i in range(6) for j in range(6) if i != j) / 30
-              + sum(k(b[i], b[j]) for i in range(4) for j in range(4) if i != j) / 12
-              - 2 * sum(k(x, y) for x in a for y in b) / 24)
-    assert fvd.kernel_distance(a, b) == pytest.approx(wanted, rel=1e-12)
-
-
-def test_kernel_distance_is_unbiased():
-    values = [fvd.kernel_distance(normal(20, 10, k), normal(12, 10, 1000 + k)) for k in range(300)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 300 ** 0.5
-    assert fvd.kernel_distance(normal(20, 10), normal(20, 10, 1) + 1) > 1
-
-
-# ------------------------------------------------------------------ weights
-
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the network was touched"))
-
-
-@pytest.fixture
-def published_state(tmp_path, monkeypatch, golden_net):
-    """A state dict whose hash is taken for the published one."""
-    path = tmp_path / "published.pt"
-    torch.save(golden_net.state_dict(), path)
-    sha1 = subprocess.check_output(["git", "hash-object", path], text=True).strip()
-    monkeypatch.setattr(fvd, "STATE_DICT_GIT_SHA1", sha1)
-    return path
-
-
-def test_state_dict_of_known_hash_is_loaded(published_state, golden_net):
-    state = fvd.load_i3d(published_state).state_dict()
-    assert all(torch.equal(state[name], value) for name, value in golden_net.state_dict().items())
-
-
-def test_truncated_weights_are_refused_with_what_to_do(published_state):
-    published_state.write_bytes(published_state.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="truncated") as caught:
-        fvd.load_i3d(published_state)
-    for needed in (fvd.STATE_DICT_URL, fvd.TORCHSCRIPT_URL, fvd.TORCHSCRIPT_SHA256, "--weights"):
-        assert needed in str(caught.value)
-    with pytest.raises(ValueError, match="no state dict"):
-        fvd.load_i3d(published_state, allow_unknown=True)
-
-
-class Scripted(nn.Module):
-    """The calling convention of the published TorchScript file."""
-
-    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
-                return_features: bool = False) -> torch.Tensor:
-        assert return_features and not rescale and not resize
-        return x.mean((2, 3, 4))
-
-
-def test_torchscript_is_told_apart_and_needs_a_known_hash(tmp_path, monkeypatch):
-    path = tmp_path / "net.pt"
-    torch.jit.script(Scripted()).save(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
-        with pytest.raises(ValueError, match="truncated"):
-            fvd.load_i3d(path)
-    x = torch.rand(2, 3, 9, 4, 4)
-    assert torch.equal(fvd.load_i3d(path, allow_unknown=True)(x), x.mean((2, 3, 4)))
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    assert torch.equal(fvd.load_i3d(path)(x), x.mean((2, 3, 4)))
-
-
-def test_pickles_are_not_executed_even_if_unknown_weights_are_allowed(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return pytest.fail, ("code was run",)
-    torch.save({"logits": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="no state dict"):
-        fvd.load_i3d(tmp_path / "a.pt", allow_unknown=True)
-
-
-def test_download_verifies_and_then_appears_whole_or_not_at_all(published_state, tmp_path):
-    target, whole = tmp_path / "cache" / "weights.pt", published_state.read_bytes()
-    fvd.download_weights(target, published_state.as_uri())
-    assert target.read_bytes() == whole
-    fvd.download_weights(target, "file:///nowhere")  # it is there already
-    target.unlink()
-    published_state.write_bytes(whole[:-100])
-    for url in (published_state.as_uri(), (tmp_path / "nowhere").as_uri()):
-        with pytest.raises(ValueError, match="Get one of"):
-            fvd.download_weights(target, url)
-        assert list((tmp_path / "cache").iterdir()) == []
-
-
-# ------------------------------------------------------------------ the command
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
@@ -310,52 +54,250 @@ def score(capsys, *args, rc=0):
     return (json.loads(file.read_text()), out, err) if rc == 0 else err.strip().splitlines()[-1]
 
 
-def test_command_prints_the_number_with_all_it_depends_on(sets, capsys):
-    result, out, _ = score(capsys, *sets)
-    for word in ("FD-random", "KD-random", "standard", "half-pixel", "[-1, 1]", "random weights", "6 videos",
-                 "16", "8x8", "uint8", "equal N", f"{result['value']:.6g}"):
-        assert word in out
-    assert "FVD" not in out + json.dumps(result)
-    assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
+@pytest.fixture(scope="module")
+def golden_net():
+    return fvd.random_i3d(seed=0)
 
 
-def test_command_runs_i3d_itself(capsys, tmp_path):
-    for name, high in (("a", 256), ("b", 128)):
-        np.save(tmp_path / f"{name}.npy", noise(2, t=9, high=high))
-    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
-    same, other = (score(capsys, a, fake, "--frames", 9)[0] for fake in (a, b))
-    assert same["value"] < 1e-9 < 0.1 < other["value"]
+# Computed with the original TensorFlow graph of I3D, deepmind/i3d-kinetics-400/1, and these weights.
+@pytest.mark.parametrize("t, first, mean, norm", [
+    (10, [0.322822, -0.614799, 0.509731, -0.071957], 0.0096239, 11.849011),
+    (16, [0.442057, -0.608858, 0.614313, -0.003159], 0.0130542, 13.219552)])
+def test_i3d_equals_the_original_graph(golden_net, t, first, mean, norm):
+    x = np.random.RandomState(1).uniform(-1, 1, (2, t, 224, 224, 3)).astype(np.float32)
+    y = golden_net(torch.from_numpy(x).permute(0, 4, 1, 2, 3))
+    assert y.shape == (2, 400)
+    assert torch.allclose(y[0, :4], torch.tensor(first), atol=1e-5)
+    assert abs(y.mean().item() - mean) < 1e-6 and abs(y.norm().item() - norm) < 1e-4
+
+
+def test_i3d_has_the_tensors_of_the_published_state_dict_and_takes_nine_frames(golden_net):
+    state = golden_net.state_dict()
+    assert len(state) == 287 and not any("num_batches" in name for name in state)
+    assert sum(p.numel() for p in golden_net.parameters()) == 12697264
+    assert state["Mixed_4e.b1b.conv3d.weight"].shape == (288, 144, 3, 3, 3)
+    assert golden_net(torch.zeros(1, 3, 9, 224, 224)).shape == (1, 400)
+    for shape in ((1, 3, 8, 224, 224), (1, 3, 9, 112, 112), (1, 1, 9, 224, 224)):
+        with pytest.raises(ValueError, match="t >= 9"):
+            golden_net(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("k, s", [(7, 2), (3, 2), (2, 2), (3, 1), (1, 1), (1, 2)])
+def test_same_padding_follows_its_definition(k, s):
+    for size in range(1, 20):
+        total = max((-(-size // s) - 1) * s + k - size, 0)  # TensorFlow: the output has ceil(size / s)
+        got = fvd.same_pad(torch.ones(1, 1, size, 5, 5), (k, 1, 1), (s, 1, 1))[0, 0, :, 0, 0]
+        assert got.tolist() == [0] * (total // 2) + [1] * size + [0] * (total - total // 2)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (128, 128), (240, 320), (224, 224), (9, 300), (1, 1)])
+def test_tf1_resize_samples_at_destination_times_in_over_out(shape):
+    def matrix(length, size=224):  # source = destination * (in / out), clamped at the edge
+        m = np.zeros((size, length))
+        for i in range(size):
+            source = float(np.float32(i) * (np.float32(length) / np.float32(size)))
+            m[i, int(source)] += 1 - source % 1
+            m[i, min(int(source) + 1, length - 1)] += source % 1
+        return m
+    x = np.random.default_rng(0).integers(0, 256, shape).astype(np.float64)
+    got = fvd.resize_tf1(torch.from_numpy(x).float()[None, None])[0, 0]
+    assert got.shape == (224, 224)
+    assert np.abs(got.numpy() - matrix(shape[0]) @ x @ matrix(shape[1]).T).max() < 1e-4
+
+
+def test_half_pixel_resize_samples_between_pixel_centres_and_protocols_differ_in_resize_and_range():
+    ramp = torch.arange(8, dtype=torch.uint8).expand(9, 8, 8)[..., None].expand(9, 8, 8, 3)
+    row = fvd.preprocess(ramp, "half-pixel", (0, 255))[0, 0, 0]
+    wanted = ((torch.arange(224) + 0.5) * 8 / 224 - 0.5).clamp(0, 7)  # at x the ramp's value is x
+    assert torch.allclose(row, wanted, atol=1e-5)
+    clip = torch.tensor([0, 255], dtype=torch.uint8)[None, None, :, None].expand(9, 2, 2, 3)
+    standard, original, paper = (fvd.preprocess(clip, *fvd.PROTOCOLS[name])[0, 0, 0]
+                                 for name in ("standard", "original", "paper"))
+    assert torch.allclose(paper, (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
+    assert torch.allclose(original, 2 * paper - 1, atol=1e-6)
+    assert standard[0] == -1 and torch.allclose(standard, -standard.flip(0), atol=1e-6)
+
+
+def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
+    clips = noise(7)
+    one, three, tensor = (fvd.video_features(x, Pixels(), batch=batch)
+                          for x, batch in ((clips, 1), (clips, 3), (torch.from_numpy(clips), 8)))
+    assert one.shape == (7, 24) and one.dtype == torch.float64
+    assert torch.allclose(one, three, atol=1e-7) and torch.allclose(one, tensor, atol=1e-7)
+    product = lambda x: x.new_ones(len(x), 4) @ x.new_ones(4, 4) / 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (fvd.video_features(noise(2), product) - 4 / 3).abs().max() < 1e-6
+    for wrong in (noise(2) / 255, torch.from_numpy(noise(2)).double()):
+        with pytest.raises(ValueError, match="uint8"):
+            fvd.video_features(wrong, Pixels())
+
+
+
+def whitened(n, d, seed):
+    """n points of mean exactly 0 and covariance exactly 1 (over n - 1).    -> (n, d)"""
+    x = normal(n, d, seed)
+    q = torch.linalg.qr(x - x.mean(0)).Q
+    return (q - q.mean(0)) * (n - 1) ** 0.5
+
+
+@pytest.mark.parametrize("n, d", [(2, 400), (50, 400), (400, 400), (401, 400), (900, 400), (500, 20)])
+def test_distance_of_identical_sets_is_zero(n, d):
+    x = normal(n, d) * torch.linspace(0, 3, d) + 5
+    low = x @ normal(d, d // 10, 1) @ normal(d // 10, d, 2)  # without full rank
+    assert fvd.frechet_distance(x, x) < 1e-9 and fvd.frechet_distance(x, x.flip(0)) < 1e-9
+    assert fvd.frechet_distance(low, low) < 1e-9 * low.var(0).sum()
+
+
+@pytest.mark.parametrize("n, m, d", [(300, 500, 40), (60, 900, 50), (60, 70, 50), (55, 60, 54)])
+def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
+    std1, std2 = torch.linspace(0.5, 3, d).double(), torch.linspace(2, 0.1, d).double()
+    mean, rotation = torch.linspace(-1, 2, d).double(), torch.linalg.qr(normal(d, d, seed=3)).Q
+    a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
+    wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
+    d = fvd.frechet_distance(a, b)
+    assert abs(d / wanted - 1) < 1e-8
+    for same in ((b, a), (a + 1000, b + 1000), (a.numpy(), b.numpy())):
+        assert fvd.frechet_distance(*same) == pytest.approx(d, rel=1e-9)
+
+
+def test_distance_of_small_sets_is_biased_as_stated_and_of_one_video_or_nan_refused():
+    for n, stated in ((64, 552), (1000, 81)):
+        assert abs(fvd.frechet_distance(normal(n, 400, 1), normal(n, 400, 2)) / stated - 1) < 0.02
+    x = normal(9, 4)
+    x[6, 1] = float("nan")
+    for wrong, word in ((normal(0, 4), "n >= 2"), (normal(1, 4), "n >= 2"), (x, r"\[6\]")):
+        with pytest.raises(ValueError, match=word):
+            fvd.frechet_distance(normal(9, 4), wrong)
+
+
+def test_kernel_distance_is_its_definition_and_unbiased():
+    a, b = normal(6, 5, 1), normal(4, 5, 2)
+    k = lambda x, y: (float(x @ y) / 5 + 1) ** 3
+    wanted = (sum(k(a[i], a[j]) for i in range(6) for j in range(6) if i != j) / 30
+              + sum(k(b[i], b[j]) for i in range(4) for j in range(4) if i != j) / 12
+              - 2 * sum(k(x, y) for x in a for y in b) / 24)
+    assert fvd.kernel_distance(a, b) == pytest.approx(wanted, rel=1e-12)
+    values = [fvd.kernel_distance(normal(20, 10, k), normal(12, 10, 1000 + k)) for k in range(300)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 300 ** 0.5
+    assert fvd.kernel_distance(normal(20, 10), normal(20, 10, 1) + 1) > 1
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, golden_net):
+    """A state dict whose hash is taken for the published one."""
+    path = tmp_path / "published.pt"
+    torch.save(golden_net.state_dict(), path)
+    sha1 = subprocess.check_output(["git", "hash-object", path], text=True).strip()
+    monkeypatch.setattr(fvd, "STATE_DICT_GIT_SHA1", sha1)
+    return path
+
+
+def test_weights_of_known_hash_are_loaded_and_others_refused_with_what_to_do(
+        published, golden_net, sets, capsys, monkeypatch, tmp_path):
+    state = fvd.load_i3d(published).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in golden_net.state_dict().items())
+    published.write_bytes(published.read_bytes()[:-100])
+    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the network was touched"))
+    for path in (published, tmp_path / "missing.pt"):
+        assert fvd.main([*map(str, sets), "--weights", str(path)]) == 2
+        err = capsys.readouterr().err
+        for needed in (fvd.STATE_DICT_URL, "a867b87ac3a9097d200598b1d48a1b890d8ec744", fvd.TORCHSCRIPT_URL,
+                       fvd.TORCHSCRIPT_SHA256, "truncated", "--weights", "--download", "--features random"):
+            assert needed in err
+    class Bomb:
+        def __reduce__(self):
+            return pytest.fail, ("code was run",)
+    torch.save({"logits": Bomb()}, tmp_path / "bomb.pt")
+    for path in (published, tmp_path / "bomb.pt"):
+        with pytest.raises(ValueError, match="no state dict"):
+            fvd.load_i3d(path, allow_unknown=True)
+
+
+class Scripted(nn.Module):
+    """The calling convention of the published TorchScript file."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
+                return_features: bool = False) -> torch.Tensor:
+        assert return_features and not rescale and not resize
+        return x.mean((2, 3, 4))
+
+
+def test_torchscript_is_told_apart_and_needs_a_known_hash(sets, capsys, tmp_path, monkeypatch):
+    path, x = tmp_path / "net.pt", torch.rand(2, 3, 9, 4, 4)
+    torch.jit.script(Scripted()).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
+        with pytest.raises(ValueError, match="truncated"):
+            fvd.load_i3d(path)
+    _, out, _ = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
+    assert out.startswith("FVD ") and "may not be FVD" in out
+    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert torch.equal(fvd.load_i3d(path)(x), x.mean((2, 3, 4)))
+    _, out, _ = score(capsys, *sets, "--weights", path)
+    assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
+
+
+def test_download_verifies_and_then_appears_whole_or_not_at_all(published, tmp_path):
+    target, whole = tmp_path / "cache" / "weights.pt", published.read_bytes()
+    fvd.download_weights(target, published.as_uri())
+    assert target.read_bytes() == whole
+    fvd.download_weights(target, "file:///nowhere")  # it is there already
+    target.unlink()
+    published.write_bytes(whole[:-100])
+    for url in (published.as_uri(), (tmp_path / "nowhere").as_uri()):
+        with pytest.raises(ValueError, match="Get one of"):
+            fvd.download_weights(target, url)
+        assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("protocol", fvd.PROTOCOLS)
-def test_command_equals_the_library(sets, capsys, protocol):
-    result, _, _ = score(capsys, *sets, "--window", "first", "--protocol", protocol)
+def test_command_equals_the_library_and_prints_all_that_the_number_depends_on(sets, capsys, protocol):
+    result, out, _ = score(capsys, *sets, "--window", "first", "--protocol", protocol)
     a, b = (fvd.video_features(x, Pixels(), *fvd.PROTOCOLS[protocol])
             for x in (noise(6, t=20, seed=1)[:, :16], noise(6, t=16, seed=2, high=128)))
     assert result["value"] == pytest.approx(fvd.frechet_distance(a, b), rel=1e-6)
     assert result["kernel_value"] == pytest.approx(fvd.kernel_distance(a, b), rel=1e-6)
     assert (result["resize"], tuple(result["range"])) == fvd.PROTOCOLS[protocol]
+    for word in ("FD-random", "KD-random", protocol, str(result["range"]), "random weights", "6 videos", "16",
+                 "8x8", "uint8", "equal N", f"{result['value']:.6g}"):
+        assert word in out
+    assert "FVD" not in out + json.dumps(result)
+    assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
+
+
+def test_command_runs_i3d_itself_on_a_console_that_lacks_a_letter(tmp_path):
+    a, b = tmp_path / "\u4f60\u597d.npy", tmp_path / "b.npy"
+    np.save(a, noise(2, t=9)), np.save(b, noise(2, t=9, high=128))
+    done = subprocess.run([sys.executable, fvd.__file__, a, b, "--frames", "9", "--features", "random"],
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u4f60\\u597d.npy" in done.stdout
+    assert float(done.stdout.split()[1]) > 0.1
 
 
 def test_every_window_of_a_video_is_as_likely_and_is_taken_once():
     ramp = [np.full((8, 8, 3), 10 * k, np.uint8) for k in range(13)]  # windows of 9 frames begin at 0 to 4
     counts = np.zeros(5)
     for seed in range(400):
-        clips, _ = fvd.cut_clips(fvd.Video("", lambda: iter(ramp)), 9, 2, "random", "paper",
-                                    np.random.default_rng(seed))
-        starts = [round(clip[0, 0, 0, 0].item() * 25.5) for clip in clips]
-        assert len(set(starts)) == 2 and all(clip.shape == (3, 9, 224, 224) for clip in clips)
-        assert all(torch.allclose(clip[0, :, 0, 0] * 25.5, torch.arange(9.0) + s, atol=1e-3)
-                   for s, clip in zip(starts, clips))
-        counts[starts] += 1
+        rng = np.random.default_rng(seed)
+        clips, _ = fvd.cut_clips(fvd.Video("", lambda: iter(ramp)), 9, 2, "random", "standard", rng)
+        times = torch.stack(clips)[:, 0, :, 0, 0] * 12.75 + 12.75  # (2, 9)
+        starts = times[:, 0].round()
+        assert len(clips) == 2 and clips[0].shape == (3, 9, 224, 224) and starts[0] != starts[1]
+        assert torch.allclose(times, starts[:, None] + torch.arange(9), atol=1e-3)
+        counts[starts.long()] += 1
     assert np.abs(counts - 160).max() < 40  # four standard deviations
 
 
-def test_seed_chooses_the_windows_and_clips_per_video_counts_clips(sets, capsys):
+def test_seed_chooses_the_windows_and_what_makes_sets_unequal_is_warned_about(sets, capsys, tmp_path):
     one, same, other = (score(capsys, *sets, "--seed", seed)[0]["value"] for seed in (1, 1, 2))
     assert one == same != other
     result, out, _ = score(capsys, *sets, "--clips-per-video", 3)
     assert (result["real"]["clips"], result["fake"]["clips"]) == (18, 6) and "unequal numbers" in out
+    (tmp_path / "gifs").mkdir()
+    for k in range(3):
+        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
+    out = score(capsys, sets[0], tmp_path / "gifs")[1]
+    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
 
 
 def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, capsys, tmp_path):
@@ -368,24 +310,16 @@ def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, cap
     result, out, err = score(capsys, real, tmp_path / "nan.npy")
     for word in ("bad.mp4: ", "short.npy: shorter", "nan.npy[2]: it holds NaN"):
         assert word in err
+    assert [len(result[name]["left_out"]) for name in ("real", "fake")] == [2, 1]
     assert result["real"]["videos"] == 6 and result["fake"]["videos"] == 3
     assert "strict" in score(capsys, real, fake, "--strict", rc=2)
 
 
-def test_unequal_sizes_and_compressed_fakes_are_warned_about(sets, capsys, tmp_path):
-    (tmp_path / "gifs").mkdir()
-    for k in range(3):
-        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
-    out = score(capsys, sets[0], tmp_path / "gifs")[1]
-    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
-
-
-def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys, tmp_path):
-    (tmp_path / "floats").mkdir()
+def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys):
     for k in range(2):
-        np.save(tmp_path / "floats" / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
-    assert "--floats" in score(capsys, tmp_path / "floats", sets[1], rc=2)
-    assert "float in [-1, 1]" in score(capsys, tmp_path / "floats", sets[1], "--floats", "symmetric")[1]
+        np.save(sets[0] / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
+    assert "--floats" in score(capsys, *sets, rc=2)
+    assert "float in [-1, 1]" in score(capsys, *sets, "--floats", "symmetric")[1]
 
 
 def test_saved_features_stand_for_the_real_set_and_other_settings_are_refused(sets, capsys, tmp_path):
@@ -396,25 +330,6 @@ def test_saved_features_stand_for_the_real_set_and_other_settings_are_refused(se
     assert score(capsys, tmp_path / "saved.npz", fake)[0] == first
     for change in (("--protocol", "paper"), ("--frames", 12), ("--seed", 1), ("--clips-per-video", 2)):
         assert "made with" in score(capsys, tmp_path / "saved.npz", fake, *change, rc=2)
-
-
-def test_without_weights_nothing_is_fetched_and_the_mend_is_said(sets, capsys, no_network, tmp_path):
-    assert fvd.main([*map(str, sets), "--weights", str(tmp_path / "weights.pt")]) == 2
-    err = capsys.readouterr().err
-    for needed in (fvd.STATE_DICT_URL, fvd.STATE_DICT_GIT_SHA1, fvd.TORCHSCRIPT_URL, fvd.TORCHSCRIPT_SHA256,
-                   "--weights", "--download", "--features random"):
-        assert needed in err
-
-
-def test_verified_weights_give_fvd_and_unknown_ones_a_warning(sets, capsys, monkeypatch, tmp_path):
-    path = tmp_path / "net.pt"
-    torch.jit.script(Scripted()).save(path)
-    arguments = (*sets, "--weights", path)
-    _, out, _ = score(capsys, *arguments, "--allow-unknown-weights")
-    assert out.startswith("FVD ") and "may not be FVD" in out
-    monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    _, out, _ = score(capsys, *arguments)
-    assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
 
 
 def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
@@ -433,33 +348,7 @@ def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
             ((real, fake, "--save-features", tmp_path / "no" / "c.npz"), "folder"),
             ((real, fake, "--save-features", real / "c.npz"), "REAL")]:
         assert word in score(capsys, *args, rc=2), args
-    for change, word in ((["--frames", "8"], "halves time"), (["--frames", "x"], "invalid int"),
-                         (["--batch", "0"], "at least 1"), (["--clips-per-video", "-1"], "at least 1")):
+    for change in (["--frames", "8"], ["--frames", "x"], ["--batch", "0"], ["--clips-per-video", "-1"]):
         with pytest.raises(SystemExit) as caught:
             fvd.main([*map(str, sets), *change])
-        assert caught.value.code == 2 and word in capsys.readouterr().err
-
-
-def test_a_console_that_lacks_a_letter_loses_no_result(tmp_path):
-    path = tmp_path / "\u4f60\u597d.npy"
-    np.save(path, noise(2, t=9))
-    done = subprocess.run([sys.executable, fvd.__file__, path, path, "--frames", "9", "--features", "random"],
-                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 0 and b"\\u4f60\\u597d.npy" in done.stdout
-
-
-@pytest.mark.parametrize("pieces", [
-    "frechet_distance", "kernel_distance", "resize_tf1", "preprocess resize_tf1",
-    "video_features preprocess resize_tf1", "same_pad", "Unit3D same_pad", "I3D same_pad Unit3D"])
-def test_pieces_can_be_pasted_with_what_they_name_as_needed(pieces):
-    notebook = {"torch": torch, "nn": nn, "F": F}
-    piece, *needs = pieces.split()
-    for name in pieces.split():
-        exec(inspect.getsource(getattr(fvd, name)), notebook)
-    assert all(name in getattr(fvd, piece).__doc__.split("Needs:")[1] for name in needs)
-    a, b = normal(5, 3), normal(4, 3)
-    calls = {"frechet_distance": (a, b), "kernel_distance": (a, b),
-             "resize_tf1": (torch.rand(2, 8, 8),), "preprocess": (torch.from_numpy(noise(1)[0]), "tf1"),
-             "video_features": (noise(2), Pixels(), "tf1"), "Unit3D": (3, 4), "I3D": (),
-             "same_pad": (torch.rand(1, 1, 5, 5, 5), (3, 3, 3), (2, 2, 2))}
-    assert notebook[piece](*calls[piece]) is not None
+        assert caught.value.code == 2 and change[0] in capsys.readouterr().err.splitlines()[-1]
