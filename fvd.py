@@ -17,6 +17,7 @@ References
   MMD GANs, arXiv 1801.01401    [5] Naeem et al., Fidelity and Diversity Metrics, arXiv 2002.09797"""
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import mmap
@@ -34,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from imageio.plugins.pyav import PyAVPlugin
 from imageio.v3 import imopen
 from tqdm import tqdm
 
@@ -150,17 +150,9 @@ def read_frames(video):
             raise ValueError("no frame in it")
 
 
-class FilmPlugin(PyAVPlugin):
-    """imageio's reader, whose own close() collects garbage for longer than a short film takes to decode."""
-
-    def close(self):
-        if self._container:
-            self._container.close()
-
-
 def film_frames(path):
     """The film of an mp4, mov, mkv, webm or avi, by FFmpeg.    path -> yields uint8 (h, w, 3)"""
-    with open(path, "rb") as raw, imopen(raw, "r", plugin=FilmPlugin, metadata_errors="ignore") as file:
+    with open(path, "rb") as raw, imopen(raw, "r", plugin="pyav", metadata_errors="ignore") as file:
         # imageio's handle on FFmpeg: its read() shows no packets, index or damage, which tell lost frames.
         ffmpeg, frames, packets = file._container, 0, 0
         film = ffmpeg.streams.best("video")
@@ -774,5 +766,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # imageio collects garbage after every film: without what was imported it takes no time
     sys.stdout.reconfigure(errors="backslashreplace")  # a console of Windows has no letter for many a path
     sys.exit(main())
