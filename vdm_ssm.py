@@ -465,31 +465,34 @@ def step_embedding(t, d):
 class Condition(nn.Module):
     """Joins a condition to the step's embedding.    emb (b, d) or (b, f, d) -> (b, 1 or f, d + cond_dim)
 
-    cond is any vector (b, cond_dim), one-hot for a class, or (b, f, cond_dim), one for each frame. A learned
-    null vector [13] takes its place where keep (b) is False, and everywhere without a cond. It is appended,
-    as in [1]. `added`: two linear layers turn it into d numbers, which are added to the embedding instead:
-    a few numbers, as an action's, are not lost beside many. Without a cond_dim emb stays as it is."""
+    cond is any vector (b, cond_dim), one-hot for a class, or (b, f, cond_dim), one for each frame. It is
+    appended, as in [1]. `added`: two linear layers turn it into d numbers, which are added instead: a few
+    numbers, as an action's, would be lost beside many. A learned null vector [13] takes the place of what
+    would join where keep (b) is False, and everywhere without a cond. Without a cond_dim emb stays as it is."""
 
     def __init__(self, d, cond_dim=None, added=False):
         super().__init__()
-        self.null = None if cond_dim is None else nn.Parameter(torch.randn(1, cond_dim))
+        self.cond_dim, self.added, self.d_out = cond_dim or 0, added, d if added else d + (cond_dim or 0)
+        null = torch.zeros(1, d) if added else torch.randn(1, self.cond_dim)
+        self.null = None if cond_dim is None else nn.Parameter(null)
         layers = (nn.Linear(cond_dim, 256), nn.GELU(), nn.Linear(256, d)) if added else ()
-        self.project, self.d_out = nn.Sequential(*layers), d if added else d + (cond_dim or 0)
+        self.project = nn.Sequential(*layers)
 
     def forward(self, emb, cond=None, keep=None):
         emb = emb[:, None].flatten(1, -2)  # (b, 1 or f, d)
         null = emb[:, 0, :0] if self.null is None else self.null.expand(len(emb), -1)
-        cond = null if cond is None else cond
-        if cond.ndim not in (2, 3) or cond.shape[:: cond.ndim - 1] != null.shape:
-            raise ValueError(f"condition of shape {tuple(cond.shape)}, (b, cond_dim) is {tuple(null.shape)}")
-        cond = cond[:, None].flatten(1, -2)  # (b, 1 or f, cond_dim)
+        known = (len(emb), self.cond_dim)
+        if cond is not None and (cond.ndim not in (2, 3) or (len(cond), cond.shape[-1]) != known):
+            raise ValueError(f"condition of shape {tuple(cond.shape)}, (b, cond_dim) is {known}")
+        joins = null if cond is None else self.project(cond)
+        joins = joins[:, None].flatten(1, -2)  # (b, 1 or f, d or cond_dim)
         keep = torch.ones(len(emb), dtype=torch.bool, device=emb.device) if keep is None else keep
         # The null vector takes part in any case: DistributedDataParallel waits for every gradient.
-        cond = torch.where(keep[:, None, None], cond, null[:, None]).to(emb.dtype)
-        if self.project:
-            return emb + self.project(cond)
-        f = max(emb.shape[1], cond.shape[1])
-        return torch.cat([emb.expand(-1, f, -1), cond.expand(-1, f, -1)], dim=-1)
+        joins = torch.where(keep[:, None, None], joins, null[:, None]).to(emb.dtype)
+        if self.added:
+            return emb + joins
+        f = max(emb.shape[1], joins.shape[1])
+        return torch.cat([emb.expand(-1, f, -1), joins.expand(-1, f, -1)], dim=-1)
 
 
 class PerFrame(nn.Module):
