@@ -200,7 +200,7 @@ def test_unreadable_files_are_skipped_and_named_every_time(tmp_path, capsys):
     for out in ("run", "again"):
         run(*DIM, "--data", folder, "--steps", 1, "--out", out)
         told = capsys.readouterr().out
-        assert "2 videos" in told and "1 shorter than 3" in told and re.search("skipped .*broken.mp4: ", told)
+        assert "2 of 3 videos" in told and "have 3 frames" in told and re.search("skipped .*broken.mp4: ", told)
 
 
 # ---- The papers' data sets: tiny ones of their layouts

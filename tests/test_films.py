@@ -74,7 +74,7 @@ def test_a_stream_that_is_stopped_leaves_a_film_that_can_be_read(runs):
              else False, process)  # fmt: skip
     os.kill(process.pid, signal.SIGINT)
     assert ends(process) == 0 and 1 < len(frames_of("film/film.mp4")) < 10**6
-    assert sorted(os.listdir("film")) == ["film.mp4", "film.png"]
+    assert sorted(os.listdir("film")) == ["film.gif", "film.mp4", "film.png"]
 
 
 def test_actions_are_the_turns_that_lead_to_each_frame(tmp_path):

@@ -76,12 +76,14 @@ def test_a_run_writes_sheets_gifs_and_mp4s_and_samples_without_its_data_into_fol
 
 def test_an_mp4_has_every_frame_of_a_still_and_of_odd_sides_and_a_sheet_a_row_per_video(tmp_path):
     for fps in (0.5, 60):
-        train.write_pictures(tmp_path / "a", np.full((3, 8, 9, 65, 3), 100, np.uint8), fps)
+        with train.film(tmp_path / "a.mp4", fps) as append:
+            append(np.full((3, 8, 9, 65, 3), 100, np.uint8))
         assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == 8
         assert iio.immeta(tmp_path / "a.mp4", plugin="pyav")["fps"] == fps
     videos = np.zeros((3, 5, 8, 8, 3), np.uint8)
     videos[1, 2] = 255
-    train.write_pictures(tmp_path / "a", videos, 8)
+    with train.film(tmp_path / "a.mp4", 8) as append:
+        append(videos)
     sheet = iio.imread(tmp_path / "a.png")
     assert sheet.shape == (3 * 68, 5 * 68, 3)
     assert (sheet[68:132, 136:200] == 255).all() and (sheet[:64, :64] == 0).all()
@@ -105,14 +107,10 @@ def test_real_videos_for_a_score_are_as_many_and_of_one_shape_and_held_out_if_th
         assert "more than there are" in refuses("sample", "run", "--real", 9)
 
 
-def test_the_log_tells_loss_by_noise_gradient_rate_and_speed():
+def test_the_log_tells_gradient_rate_and_speed():
     run(*DIM, "--steps", 5, "--warmup", 4, "--lr", 1e-3, "--batch", 3, "--out", "run")
     assert np.allclose(log("run", "lr"), [1e-3 * min(1, k / 4) for k in range(1, 6)])
     assert min(log("run", "grad_norm")) > 0 and min(log("run", "videos_per_second")) > 0
-    t = train.draw(range(3), (1,), train.parse(DIM)[0], "cpu")[0]
-    counts, means = [int((t // 64 == q).sum()) for q in range(4)], log("run", "loss_by_noise")[0]
-    assert [mean is not None for mean in means] == [count > 0 for count in counts]
-    assert abs(sum(n * mean for n, mean in zip(counts, means) if n) / 3 - log("run")[0]) < 1e-6
 
 
 def test_the_lines_in_the_readme_load_a_checkpoint_and_sample_by_hand(trained):
@@ -188,10 +186,10 @@ def test_going_back_to_a_checkpoint_sets_aside_what_came_later_as_often_as_one_l
     for _ in range(2):
         again("--resume", "run/checkpoint-000004.pt", "--steps", 6)
         assert log("run", "step") == [1, 2, 3, 4, 5, 6] and steps_of("run") == [4, 6]
-        assert os.path.exists("run/checkpoint-000006.pt.old") and os.path.exists("run/samples/step-000006.png.old")
+        assert os.path.exists("run/checkpoint-000006.pt.old")
 
 
-def test_a_damaged_checkpoint_is_named_with_the_one_before_it(trained):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(trained):
     path = pathlib.Path("run/checkpoint-000006.pt")
     content = path.read_bytes()
     for damage in ("cut", "foreign", "link"):
@@ -203,8 +201,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(trained):
         else:
             torch.save({"model": 1}, path)
         for command in (["--resume", "run"], ["sample", "run"]):
-            told = refuses(*command)
-            assert str(path) in told and (damage == "link" or "run/checkpoint-000004.pt" in told)
+            assert str(path) in refuses(*command)
     again("--resume", "run/checkpoint-000004.pt", "--steps", 5)
     assert log("run", "step") == [1, 2, 3, 4, 5]
 
@@ -328,16 +325,15 @@ WRONG = [  # command line, what the sentence names
     ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--steps many", "--steps"), ("--ema 2", "--ema"),
     ("--dim-mults 1,x", "--dim-mults"), ("--temporal rnn", "bi-mamba"), ("--rec", "--rec"), ("--seed -1", "--seed"),
     ("--size 9", "multiple of"), ("--width 20", "multiple of 8"), ("--device quantum", "--device quantum"),
-    ("--device meta", "--device meta"), ("--diffusion-steps 10 --sample-steps 11", "10 of --diffusion-steps"),
-    ("--sampler dpm --eta 1", "--eta"), ("--guidance 2", "--class-cond"), ("--class bricks", "--class bricks"),
+    ("--device meta", "--device meta"), ("--guidance 2", "--class-cond"), ("--class bricks", "--class bricks"),
     ("--class-cond --cond-drop 0 --guidance 2", "--cond-drop"), ("--data nowhere", "nowhere"),
     ("--data empty", "no video"), ("--data bad", "x.mp4"), ("--data videos --frames 7", "at most 6"),
     ("--data videos --stride 3", "at most 6"), ("--data videos --split test", "--split test"),
-    ("--data videos --out videos/run", "lies in --data"), ("--data videos --class-cond", "two classes"),
+    ("--data videos --out videos/run", "lies in --data"),
     ("--resume nowhere", "nowhere"), ("--resume empty", "empty"), ("--resume run --out other", "--out"),
-    ("--resume run --lr 0.5", "--lr"), ("--resume run --width 32", "--width"), ("--resume run --steps 1", "--steps 1"),
+    ("--resume run --lr 0.5", "--lr"), ("--resume run --width 32", "--width"),
     ("--out run", "--resume run"), ("sample", "sample RUN"), ("sample run --width 32", "--width"),
-    ("sample run --out run", "not empty"), ("--real 3", "sample RUN"), ("sample run --size 9", "multiple of"),
+    ("sample run --out run", "run exists"), ("--real 3", "sample RUN"), ("sample run --size 9", "multiple of"),
 ]  # fmt: skip
 
 
