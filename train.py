@@ -7,28 +7,15 @@
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder checkpoint-STEP.pt, the newest ones, log.jsonl, a line per step, and into
-samples/ an MP4, a GIF and a sheet (a PNG: a row per video, time from left to right). Decoded videos are kept
-beside it, in cache/.
+A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ an MP4, a
+GIF and a sheet, a PNG with a row per video. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
 (EMA) and the learning rate warm up, gradients are clipped, sizes fit the device."""
 
-import argparse
-import contextlib
-import hashlib
-import itertools
-import json
-import math
-import os
-import re
-import signal
-import sys
-import tempfile
-import time
-import traceback
+import argparse, contextlib, hashlib, itertools, json, math, os, re, signal, sys, tempfile, time, traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -80,12 +67,14 @@ def maze_style(seed):
     return seed // 2 % len(TONES)
 
 
-def maze_grid(rng):
-    """Random maze without dead ends.    -> (g, g) bool, True in walls, g = 2 ROOMS + 1
+def maze_walk(seed, frames):
+    """A maze and a walk in it.    -> wall (g, g) bool, position (f, 2) in cells, gaze (f, 2) of length 1
 
     Rooms are the cells with two odd coordinates, pillars those with two even ones. Walls from pillar to
     pillar rise in random order, but none that would close a ring, and so cut rooms off, or leave a room
-    with a single exit: every room stays in reach, and no walk has to turn back."""
+    with a single exit: every room stays in reach, and no walk has to turn back. The path is the quadratic
+    B-spline of the visited cells' centres: smooth in turns, always half a cell or more from any wall."""
+    rng = np.random.default_rng(seed)
     wall = np.pad(np.zeros((2 * ROOMS - 1, 2 * ROOMS - 1), bool), 1, constant_values=True)
     joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for pillars that walls join
     wall[2:-2:2, 2:-2:2] = True
@@ -97,16 +86,7 @@ def maze_grid(rng):
         if one != other and max(walls(i - b, j - a), walls(i + b, j + a)) < 2:
             wall[i, j] = True
             joined[joined == other] = one
-    return wall
 
-
-def maze_walk(seed, frames):
-    """A maze and a walk in it.    -> wall (g, g), position (f, 2) in cells, gaze (f, 2) of length 1
-
-    The path is the quadratic B-spline of the visited cells' centres: straight in corridors, a smooth bend in
-    turns, and always half a cell or more from any wall."""
-    rng = np.random.default_rng(seed)
-    wall = maze_grid(rng)
     s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) places on it
     i, j = 1 + 2 * rng.integers(ROOMS, size=2)
     a, b, cells = 0, 0, []
@@ -440,21 +420,20 @@ def load_checkpoint(run):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
     except Exception as error:  # zip, pickle and torch share no narrower class
-        raise ValueError(f"{path} is damaged or not of train.py ({type(error).__name__}): try the one before "
-                         "it") from error
+        raise ValueError(f"{path} is damaged, or not of train.py ({type(error).__name__})") from error
 
 
 def rewind(out, step):
-    """Make a run's folder what it was after a step: later checkpoints become .old, the log is shortened."""
-    (out / "samples").mkdir(exist_ok=True)
+    """Undo what a run did after a step: later checkpoints become .old, the log is shortened."""
     for path in checkpoints(out):
         if int(path.stem[11:]) > step:
             os.replace(path, f"{path}.old")
     for path in out.rglob("*.part"):  # of a killed run
         path.unlink()
     log = out / "log.jsonl"
-    lines = re.findall(rb'(\{"step": (\d+).*\}\n)', log.read_bytes() if log.exists() else b"")
-    with whole(log) as file:  # its last line may be half of one
+    log.touch()
+    lines = re.findall(rb'(\{"step": (\d+).*\}\n)', log.read_bytes())  # the last one may be half a line
+    with whole(log) as file:
         file.writelines(line for line, k in lines if int(k) <= step)
 
 
@@ -468,8 +447,6 @@ def rewind(out, step):
 def join(device):
     """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if ranks > 1 and device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
     try:
         if ranks > 1 and device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -561,17 +538,6 @@ def build(args):
     return name, own, model
 
 
-def batches(data, args, rank, ranks, begin):
-    """This rank's share of all batches from item `begin` on.    -> iterator: items, x0, labels, actions"""
-    firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
-    mine = lambda: (range(first, first + args.batch) for first in firsts)
-    # Loaders ignore what a terminal or a cluster sends to all processes: the run will end them.
-    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers,
-                        worker_init_fn=partial(on_signal, signal.SIG_IGN),
-                        pin_memory=args.device.startswith("cuda"))
-    return ((items, *batch) for items, batch in zip(mine(), loader))
-
-
 def train(args, checkpoint=None):
     """The training loop, from the start or from a checkpoint."""
     rank, ranks, device = join(args.device)
@@ -605,9 +571,14 @@ def train(args, checkpoint=None):
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
     diffusion_args = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
     diffusion = GaussianDiffusion(net, **diffusion_args).to(device)
-    out, shown, stop, step = Path(args.out), batches(data, args, rank, ranks, begin * per_step), [], begin
+    # This rank's share of all batches. Loaders ignore a signal to the whole group: the run will end them.
+    firsts = range(begin * per_step + rank * args.batch, 10**15, ranks * args.batch)
+    shares = lambda: (range(first, first + args.batch) for first in firsts)
+    loader = DataLoader(data, batch_sampler=shares(), num_workers=args.workers,
+                        worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=device.type == "cuda")
+    batches, out, stop, step = zip(shares(), loader), Path(args.out), [], begin
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=begin > 0)
+        (out / "samples").mkdir(parents=True, exist_ok=begin > 0)
         rewind(out, begin)
         size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
         print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
@@ -616,12 +587,11 @@ def train(args, checkpoint=None):
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
     while True:
-        # Save and draw what is due and not there yet. A signal to one rank stops all after the same step.
+        # Save and draw what is due. A signal to one rank stops all after the same step.
         due = lambda every: step > 0 and (step >= args.steps or step % every == 0)
         path = out / f"checkpoint-{step:06d}.pt"
         drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
-        draws = due(args.sample_every) and not (step == begin and drawn.exists())
-        stopped, draws = gather(torch.tensor([len(stop), draws])).any(0).tolist()
+        stopped = gather(torch.tensor(len(stop))).any().item()
         if rank == 0 and step > begin and (due(args.save_every) or stopped):
             made = vars(args), step, per_step, data.identity, network, network_args, diffusion_args
             states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
@@ -629,7 +599,7 @@ def train(args, checkpoint=None):
                 torch.save(dict(zip(CHECKPOINT, made + states)), file)
             for old in checkpoints(out)[: -args.keep]:
                 old.unlink()
-        if draws:
+        if due(args.sample_every):
             videos = sample_videos(ema.module, args, device)
             if rank == 0 and args.latents:
                 with whole(drawn) as file:
@@ -643,7 +613,7 @@ def train(args, checkpoint=None):
         # One step.
         step, began, losses = step + 1, time.time(), []
         for k in range(args.grad_accum):
-            items, x0, labels, actions = next(shown)
+            items, (x0, labels, actions) = next(batches)
             x0 = x0.to(device, non_blocking=device.type == "cuda")
             cond = conditions(labels, actions, args, device)
             t, eps, keep = draw(items, x0.shape[1:], args, device)
@@ -654,8 +624,7 @@ def train(args, checkpoint=None):
         loss = gather(sum(losses).detach()).mean().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
-                             "with a lower --lr, a longer --warmup or --no-amp")
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr, or give --no-amp")
         fall = max(1, round(args.cooldown * args.steps))
         lr = args.lr * min(1, step / max(1, args.warmup), (args.steps + 1 - step) / fall)
         optimizer.param_groups[0]["lr"] = lr
@@ -689,8 +658,9 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     A causal network draws frame by frame. Another draws windows as long as in training, each after the last
     --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
     (frames, k). A seed and a number make the same video, whatever is drawn beside it."""
-    rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
-    noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
+    rngs, sides = generators(args.seed, numbers), (args.size, args.size)
+    normal = lambda rng, f: torch.randn(args.channels, f, *sides, generator=rng)
+    noise = lambda f: torch.stack([normal(rng, f) for rng in rngs]).to(device)
     first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
     how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance,
                steps=min(args.sample_steps, args.diffusion_steps))
@@ -737,10 +707,9 @@ def sample_film(model, args, device):
             raise ValueError(f"--after {args.after} has {len(last)} frames; --past {args.past} takes {span}")
         past = to_model_range(last[:: args.stride]).to(device).expand(args.sample_videos, -1, -1, -1, -1)
     if isinstance(args.actions, str):
-        actions, k = np.load(args.actions, allow_pickle=False), args.action_dim
-        if not k or not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != k:
-            raise ValueError(f"--actions {args.actions}: wanted is an .npy of shape (frames, {k})" if k else
-                             f"--actions {args.actions}: this run was trained without --actions")
+        actions = np.load(args.actions, allow_pickle=False)
+        if np.ndim(actions) != 2 or actions.shape[1] != args.action_dim:
+            raise ValueError(f"--actions {args.actions}: no .npy of shape (frames, {args.action_dim})")
         args.frames = len(actions)
     stop, path = [], Path(args.out, "film.mp4")
     path.parent.mkdir(parents=True)
@@ -763,8 +732,7 @@ def sample(args, checkpoint):
     model.to(device).requires_grad_(False)
     if args.after or isinstance(args.actions, str) or args.frames > args.window and args.past:
         if args.latents or args.real or ranks > 1:
-            raise ValueError(f"films, of more than {args.window} frames, after a video or under actions, are "
-                             "drawn by one process, in pixels, without --real")
+            raise ValueError("long films are drawn by one process, in pixels, without --real")
         return sample_film(model, args, device)
     written = {}
     if rank == 0 and args.real:
@@ -908,8 +876,8 @@ def parse(argv):
         checkpoint = load_checkpoint(args.run or args.resume)
         saved = {name: value for name, value in checkpoint["args"].items() if name not in names[0]}
         args = parser.parse_args(argv, argparse.Namespace(**saved))
-        stays = names[1] - names[0] - ({"size", "frames", "seed", "actions"} if args.run else set())
-        for name in stays & saved.keys():
+        free = {"size", "frames", "seed", saved["actions"] and "actions"} if args.run else set()
+        for name in (names[1] - names[0] - free) & saved.keys():
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
     alone = args.real or args.after or args.past is not None
@@ -918,8 +886,8 @@ def parse(argv):
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
     base = folder / "sampled" if args.run else folder
-    free = (path for k in itertools.count(1) if not (path := Path(f"{base}-{k}" if k > 1 else base)).exists())
-    out = folder if args.resume else Path(args.out or next(free))
+    new = (path for k in itertools.count(1) if not (path := Path(f"{base}-{k}" if k > 1 else base)).exists())
+    out = folder if args.resume else Path(args.out or next(new))
     for wrong, told in [
         ((args.command or alone) and not args.run or args.resume and (args.run or args.out),
          "wanted is train.py [--resume RUN or --out NEW], or train.py sample RUN [--real N] [--after FILE]"),
@@ -927,9 +895,8 @@ def parse(argv):
         (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
         ((args.after or args.past) and not args.frame_noise,
          "--after and --past need a run with --frame-noise: this one knows no clean frames"),
-        (args.past >= args.window and not args.causal,
-         f"--past {args.past} leaves nothing of a window, {args.window} frames as in training"),
-        (args.after and not args.past, "--after needs a --past above 0"),
+        (args.past >= args.window and not args.causal or args.after and not args.past,
+         f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
         (args.guidance != 1 and not (args.class_cond and args.cond_drop),

@@ -118,7 +118,7 @@ def test_a_stream_follows_a_file_of_actions(runs):
     ("whole", ["--after", "given.npy"], "--frame-noise"), ("whole", ["--past", 2], "--frame-noise"),
     ("levels", ["--past", 3], "--past 3"), ("levels", ["--after", "none.mp4"], "no such file"),
     ("levels", ["--after", "short.npy", "--past", 2], "1 frames"), ("levels", ["--after", "text.mp4"], "text.mp4"),
-    ("causal", ["--actions", "turns.npy"], "without --actions"), ("acting", ["--actions", "given.npy"], r"(frames, 1)"),
+    ("causal", ["--actions", "turns.npy"], "--actions was None"), ("acting", ["--actions", "given.npy"], r"(frames, 1)"),
     ("acting", ["--actions", "none.npy"], "none.npy"),
 ])  # fmt: skip
 def test_what_a_film_cannot_be_made_of_is_refused_in_one_sentence(runs, name, flags, mend):
