@@ -163,8 +163,7 @@ def maze_video(seed, frames, size):
 #
 #     source --read_source--> frames --decode--> cache/KEY.npy, (videos, frames, size, size, channels)
 #
-# uint8, latents float32. KEY is made of all that the frames depend on. A file gets its name when it is whole:
-# what is there is valid.
+# KEY is made of all that the frames depend on. A file gets its name when it is whole: what is there is valid.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
 FLOATS = {"symmetric": (-1, 1), "unit": (0, 1)}  # what float pixels may mean: the values of black and white
@@ -180,8 +179,7 @@ def find_splits(path):
     path, parts = Path(path), ("train", "test")
     sources = [source for source in find_videos(path) if source.name != "actions.npz"]
     if all((path / part).is_dir() for part in parts):
-        splits = ([s for s in sources if s.relative_to(path).parts[0] == part] for part in parts)
-        return {"all": sources} | dict(zip(parts, splits))
+        return {"all": sources} | {part: [s for s in sources if path / part in s.parents] for part in parts}
     here = {source.name.lower(): source for source in sources}
     for folder, lists in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
         files = [folder / lists.format(part) for part in parts]
@@ -213,11 +211,11 @@ def read_source(source, args):
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
     if args.latents:
         with naming(source):
-            array = load_array(source)
-            fits = array.dtype.kind == "f" and array.shape[1:-1] == (args.size, args.size) and array.size
+            array, side = load_array(source), args.size
+            fits = array.dtype.kind == "f" and array.shape[1:-1] == (side, side) and array.size
             if not (fits and np.isfinite(array.astype(np.float32)).all()):
-                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {args.size}, "
-                                 f"{args.size}, channels) without NaN or infinite values")
+                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {side}, {side}, "
+                                 "channels) without NaN and infinite values")
             yield array.astype(np.float32)
 
 
@@ -309,12 +307,11 @@ class FolderVideos(Dataset):
             if len(led) >= frames >= self.span:
                 label = self.classes.index(source.parent.name)
                 self.videos += [(path, k, label, led) for k in range(videos)]
-        self.about = (f"{len(self)} of {sum(row[1] for row in self.identity)} videos in {args.data}, split "
-                      f"{split}, have {self.span} frames; {len(self.skipped)} files are unreadable")
+        total, longest = sum(row[1] for row in self.identity), max([0, *(row[2] for row in self.identity)])
+        self.about = f"{len(self)} of {total} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
             why = next(iter(self.skipped.values()), "see --frames, --stride")
-            longest = max((row[2] for row in self.identity), default=0)
-            raise ValueError(f"{self.about}: at most {longest} frames ({why})")
+            raise ValueError(f"{self.about}, but at most {longest} ({why})")
         self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
 
     def __len__(self):
@@ -414,13 +411,11 @@ def checkpoints(folder):
 def load_checkpoint(run):
     """A run's folder, or one of its checkpoints, -> dict. Raises ValueError."""
     path = (checkpoints(run) or [Path(run)])[-1]
-    if not path.is_file():
-        raise ValueError(f"{path} is no checkpoint and no folder that holds one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
     except Exception as error:  # zip, pickle and torch share no narrower class
-        raise ValueError(f"{path} is damaged, or not of train.py ({type(error).__name__})") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
 
 def rewind(out, step):
@@ -580,9 +575,8 @@ def train(args, checkpoint=None):
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=begin > 0)
         rewind(out, begin)
-        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
-              f"data     {data.about}\nwrites   {out}", flush=True)
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{network}, {size:,} weights, on {ranks} x {device}\n{data.about}\nwrites {out}", flush=True)
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
@@ -634,14 +628,13 @@ def train(args, checkpoint=None):
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}")
         if rank == 0:
-            line = dict(step=step, loss=loss, grad_norm=norm, lr=lr,
-                        videos_per_second=per_step / (time.time() - began))
+            speed = per_step / (time.time() - began)
+            line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, videos_per_second=speed)
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
     bar.close()
-    print(f"stopped after step {step}; go on with --resume {out}" if step < args.steps else
-          f"wrote {path} and {drawn}: its first row is data")
+    print(f"stopped after step {step}: see --resume {out}" if step < args.steps else f"wrote {path}, {drawn}")
     print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
@@ -700,8 +693,8 @@ def sample_film(model, args, device):
     if args.after:
         span = args.stride * (args.past - 1) + 1
         files, skipped = cached(find_videos(args.after)[:1], args)
-        if skipped:
-            raise ValueError(*skipped.values())
+        for why in skipped.values():
+            raise ValueError(why)
         last = np.load(*files.values(), mmap_mode="r")[0][-span:]
         if len(last) < span:
             raise ValueError(f"--after {args.after} has {len(last)} frames; --past {args.past} takes {span}")
@@ -765,21 +758,19 @@ def sample(args, checkpoint):
 GPU = torch.cuda.is_available()
 
 
-def within(kind, low, high=math.inf, commas=False):
-    """A reader of numbers, int or float, from low to high; commas: of a list of them."""
+def within(kind, low, high=math.inf):
+    """A reader of numbers, int or float, from low to high."""
 
-    def read(text):
-        numbers = [kind(part) for part in (text.split(",") if commas else [text])]
-        if not all(low <= number <= high for number in numbers):  # nan, too
+    def number(text):
+        if not low <= kind(text) <= high:  # nan, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return numbers if commas else numbers[0]
+        return kind(text)
 
-    read.__name__ = kind.__name__  # argparse names it if the text is no number
-    return read
+    return number
 
 
-COUNT, COUNTS, SHARE = within(int, 1), within(int, 1, commas=True), within(float, 0, 1)
-POSITIVE, NATURAL, SWITCH = within(float, 0), within(int, 0), argparse.BooleanOptionalAction
+COUNT, NATURAL, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 0), within(float, 0, 1)
+COUNTS, SWITCH = lambda text: [COUNT(part) for part in text.split(",")], argparse.BooleanOptionalAction
 
 
 def add_own(parser):
@@ -799,7 +790,7 @@ def add_own(parser):
 
 def add_learned(parser):
     """Options of what is learned, by which network and how: they stay."""
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("what is learned, and how").add_argument
     add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
     add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
@@ -809,9 +800,8 @@ def add_learned(parser):
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
     add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
-    add("--actions", nargs="?", const=True, metavar="FILE", help="with --causal: tell what leads to each "
-        "frame, turns or actions.npz beside the videos; sample: follow an .npy of (frames, k) to its end")
-    add = parser.add_argument_group("model").add_argument
+    add("--actions", nargs="?", const=True, metavar="FILE", help="causal: tell what led to each frame, turns "
+        "or actions.npz beside the videos; sample: follow an .npy of (frames, k) to its end")
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
@@ -826,7 +816,6 @@ def add_learned(parser):
     add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, 16, 24, ...")
     add("--dim-size", choices=DIM_SIZES, help="dim: DiT's depth and width, instead of those above")
     add("--patch", type=COUNT, default=2 if GPU else 4, help="dim: side of a token in pixels")
-    add = parser.add_argument_group("learning").add_argument
     add("--lr", type=POSITIVE, default=3e-4 if GPU else 1e-3, help="learning rate of Adam")
     add("--warmup", type=NATURAL, default=50, help="steps in which it rises to --lr")
     add("--cooldown", type=SHARE, default=0.2, help="last share of the steps, in which it falls to 0")
@@ -837,7 +826,7 @@ def add_learned(parser):
 
 def add_free(parser):
     """Options that may change when a run goes on."""
-    add = parser.add_argument_group("length, speed and memory").add_argument
+    add = parser.add_argument_group("length, speed, saving and drawing").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
     add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
     add("--batch", type=COUNT, default=16 if GPU else 4, help="videos per process and pass, or drawn at once")
@@ -846,7 +835,6 @@ def add_free(parser):
     add("--amp", action=SWITCH, default=bf16, help="matrix products and convolutions in bfloat16")
     add("--compile", action=SWITCH, default=False, help="torch.compile: minutes at first, then faster steps")
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
-    add = parser.add_argument_group("saving and drawing").add_argument
     add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
     add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
     add("--sample-every", type=COUNT, default=2000 if GPU else 500, help="steps from sample to sample")
