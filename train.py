@@ -184,9 +184,8 @@ def find_splits(path):
     for folder, lists in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
         files = [folder / lists.format(part) for part in parts]
         if all(file.is_file() for file in files):
-            texts = [file.read_text(errors="replace") for file in files]
-            names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", text) for text in texts]
-            splits = [[here.get(name.lower(), path / name) for name in part] for part in names]
+            listed = lambda file: re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", file.read_text(errors="replace"))
+            splits = [[here.get(name.lower(), path / name) for name in listed(file)] for file in files]
             if {*sum(splits, [])} & {*sources}:  # or else they are lists of something else
                 return {"all": sources} | dict(zip(parts, splits))
     return {"all": sources}
@@ -241,8 +240,8 @@ def cached(sources, args):
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
                  for file in sorted(source.glob("*")) or [source] if file.is_file()]
         key = repr((str(source.resolve()), stats, args.size, args.antialias, args.latents, args.floats))
-        digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
-        paths[source] = Path(args.cache, digest[:16] + ".npy")
+        key = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+        paths[source] = Path(args.cache, f"{key}.npy")
     missing = [(source, path) for source, path in paths.items() if not path.exists()]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
@@ -395,11 +394,11 @@ def film(path, fps):
     with whole(path) as file, iio.imopen(file, "w", extension=".mp4", plugin="pyav", container="mp4") as mp4:
         mp4.init_video_stream("libx264", fps=fps)
         yield append
-    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
-        iio.imwrite(file, [*map(tiled, shown.values())], extension=".gif", duration=1000 / fps, loop=0)
-    with whole(path.with_suffix(".png")) as file:
-        cells = rearrange([*shown.values()], "f b h w c -> (b f) h w c")
-        iio.imwrite(file, tiled(cells, len(shown), gap=4), extension=".png")
+    if shown:
+        pages, cells = [*map(tiled, shown.values())], rearrange([*shown.values()], "f b h w c -> (b f) h w c")
+        with whole(path.with_suffix(".gif")) as gif, whole(path.with_suffix(".png")) as png:
+            iio.imwrite(gif, pages, extension=".gif", duration=1000 / fps, loop=0)  # it merges equal frames
+            iio.imwrite(png, tiled(cells, len(shown), gap=4), extension=".png")
 
 
 def checkpoints(folder):
@@ -518,7 +517,7 @@ def build(args):
 
     Raises ValueError for what it could not draw, before hours are spent."""
     if args.backbone == "dim":
-        size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
+        size = DIM_SIZES.get(args.dim_size, dict(depth=args.depth, d=args.width))
         name, own = "DiM", dict(size, patch=args.patch)
     else:
         name, own = "UNet3D", dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads,
@@ -651,9 +650,8 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     A causal network draws frame by frame. Another draws windows as long as in training, each after the last
     --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
     (frames, k). A seed and a number make the same video, whatever is drawn beside it."""
-    rngs, sides = generators(args.seed, numbers), (args.size, args.size)
-    normal = lambda rng, f: torch.randn(args.channels, f, *sides, generator=rng)
-    noise = lambda f: torch.stack([normal(rng, f) for rng in rngs]).to(device)
+    rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
+    noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
     first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
     how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance,
                steps=min(args.sample_steps, args.diffusion_steps))
@@ -664,9 +662,8 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
     diffusion.to(device)
     if args.causal:
-        told = told.unbind(1) if args.action_dim and told is not None else told
-        frames = stream(diffusion, partial(noise, 1), past, told, **how)
-        yield from itertools.islice(frames, args.frames)
+        told = told if actions is None else told.unbind(1)
+        yield from itertools.islice(stream(diffusion, partial(noise, 1), past, told, **how), args.frames)
         return
     window, left = args.window if args.past else args.frames, args.frames
     while left > 0:
@@ -734,7 +731,7 @@ def sample(args, checkpoint):
             raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
         written["real"] = to_pixels(real, args.latents).numpy()
-        print(f"real: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
+        print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
     written["fake"] = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
         out.mkdir(parents=True)
@@ -752,20 +749,18 @@ def sample(args, checkpoint):
 # -----------------------------------------------------------------------------
 # 7. The command line
 #
-# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults: all but those
-# that one command alone has. What was learned stays. By default a CPU run ends in minutes.
+# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults, but for those of
+# one command alone. Those that say what is learned must stay. By default a CPU run ends in minutes.
 
 GPU = torch.cuda.is_available()
 
 
 def within(kind, low, high=math.inf):
     """A reader of numbers, int or float, from low to high."""
-
     def number(text):
         if not low <= kind(text) <= high:  # nan, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
-
     return number
 
 
@@ -868,7 +863,7 @@ def parse(argv):
         for name in (names[1] - names[0] - free) & saved.keys():
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
-    alone = args.real or args.after or args.past is not None
+    sampling = args.command or args.real or args.after or args.past is not None
     args.frame_noise |= args.causal
     args.past = args.window // 2 * args.frame_noise if args.past is None else args.past
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
@@ -877,7 +872,7 @@ def parse(argv):
     new = (path for k in itertools.count(1) if not (path := Path(f"{base}-{k}" if k > 1 else base)).exists())
     out = folder if args.resume else Path(args.out or next(new))
     for wrong, told in [
-        ((args.command or alone) and not args.run or args.resume and (args.run or args.out),
+        (sampling and not args.run or args.resume and (args.run or args.out),
          "wanted is train.py [--resume RUN or --out NEW], or train.py sample RUN [--real N] [--after FILE]"),
         (args.out and out.exists(), f"--out {out} exists: choose another, or go on with --resume {out}"),
         (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
