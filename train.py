@@ -2,36 +2,20 @@
 
     python train.py                            walks through a maze, on whatever device there is
     python train.py --data FOLDER              your own videos: mp4, gif, npy, folders of images, ...
-    python train.py --temporal attention       another temporal layer; --backbone dim: another network
-    python train.py --class-cond               told the class of each video
+    python train.py --causal                   a network that sees the past alone: its samples are streams
     python train.py --resume runs/maze         go on where a run stopped
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder (--out) checkpoint-STEP.pt, the newest ones, log.jsonl, a line per step, and
-every --sample-every steps into samples/ a contact sheet (a PNG: a row per video, time from left to right), a
-GIF and an MP4. Decoded videos are kept beside it, in cache/.
+A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ an MP4, a
+GIF and a sheet, a PNG with a row per video. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
 
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
 (EMA) and the learning rate warm up, gradients are clipped, sizes fit the device."""
 
-import argparse
-import contextlib
-import hashlib
-import itertools
-import json
-import math
-import os
-import re
-import shlex
-import signal
-import sys
-import tempfile
-import time
-import traceback
-from collections import deque
+import argparse, contextlib, hashlib, itertools, json, math, os, re, signal, sys, tempfile, time, traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -48,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import vdm_ssm
-from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
+from fvd import UnreadableVideo, find_videos, load_array, naming, natural, open_videos, read_frames
 from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
 
 # -----------------------------------------------------------------------------
@@ -83,12 +67,14 @@ def maze_style(seed):
     return seed // 2 % len(TONES)
 
 
-def maze_grid(rng):
-    """Random maze without dead ends.    -> (g, g) bool, True in walls, g = 2 ROOMS + 1
+def maze_walk(seed, frames):
+    """A maze and a walk in it.    -> wall (g, g) bool, position (f, 2) in cells, gaze (f, 2) of length 1
 
     Rooms are the cells with two odd coordinates, pillars those with two even ones. Walls from pillar to
     pillar rise in random order, but none that would close a ring, and so cut rooms off, or leave a room
-    with a single exit: every room stays in reach, and no walk has to turn back."""
+    with a single exit: every room stays in reach, and no walk has to turn back. The path is the quadratic
+    B-spline of the visited cells' centres: smooth in turns, always half a cell or more from any wall."""
+    rng = np.random.default_rng(seed)
     wall = np.pad(np.zeros((2 * ROOMS - 1, 2 * ROOMS - 1), bool), 1, constant_values=True)
     joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for pillars that walls join
     wall[2:-2:2, 2:-2:2] = True
@@ -100,16 +86,7 @@ def maze_grid(rng):
         if one != other and max(walls(i - b, j - a), walls(i + b, j + a)) < 2:
             wall[i, j] = True
             joined[joined == other] = one
-    return wall
 
-
-def maze_walk(seed, frames):
-    """A maze and a walk in it.    -> wall (g, g), position (f, 2) in cells, gaze (f, 2) of length 1
-
-    The path is the quadratic B-spline of the visited cells' centres: straight in corridors, a smooth bend in
-    turns, and always half a cell or more from any wall."""
-    rng = np.random.default_rng(seed)
-    wall = maze_grid(rng)
     s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) places on it
     i, j = 1 + 2 * rng.integers(ROOMS, size=2)
     a, b, cells = 0, 0, []
@@ -133,46 +110,37 @@ def maze_turns(seed, frames):
     return np.diff(angle, prepend=angle[:1]).astype(np.float32)
 
 
-def maze_palette(style):
-    """What a ray can see, row by row: sky, wall, floor.    -> (3, 10, 24) RGB; the right half is in shade"""
-    y, x = np.indices((ROWS, TEXELS))
-    bricks, boards, checks = (y % 3 < 2) & ((x + y // 3 * 3) % 6 < 5), x < 6, (x < 6) == (y < 4)
-    wall = np.where((bricks, boards, checks)[style][..., None], *TONES[style])
-    palette = np.empty((1 + ROWS + 1, 2 * TEXELS, 3), np.float32)
-    palette[0], palette[1:-1] = SKY, np.concatenate([wall, 0.8 * wall], axis=1)
-    palette[-1, ::2], palette[-1, 1::2] = FLOOR  # tiles
-    return np.moveaxis(palette, -1, 0)
-
-
-def maze_cast(wall, position, ray):
-    """First wall across axis 0.    position (2, 1, f, 1, 1), ray (2, n, f, 1, w) -> its z (n, f, 1, w)
-
-    A ray enters a cell only where it crosses a grid line: all lines of the axis are tried at once."""
-    line = np.arange(len(wall)).reshape(-1, 1, 1, 1, 1)
-    z = (np.float32(line) - position[0]) / ray[0]  # (g, n, f, 1, w)
-    # Beyond the border the index would leave the grid, but there the border has stopped the ray before.
-    along = np.clip(position[1] + z * ray[1], 0, len(wall) - 1).astype(np.int32)
-    return np.where(wall[line - (ray[0] < 0), along] & (z > 0), z, np.inf).min(0)
-
-
 def maze_render(wall, position, gaze, style, size):
     """Views of a maze.    wall (g, g), position, gaze (f, 2) -> (f, size, size, 3) uint8 RGB"""
-    # The n samples of a pixel share no row and no column: an edge of any slope has n shades.
+    # The palette has all that a ray can see: rows of sky, wall and floor, the right half in shade.
+    y, x = np.indices((ROWS, TEXELS))
+    bricks, boards, checks = (y % 3 < 2) & ((x + y // 3 * 3) % 6 < 5), x < 6, (x < 6) == (y < 4)
+    pattern = np.where((bricks, boards, checks)[style][..., None], *TONES[style])
+    palette = np.empty((1 + ROWS + 1, 2 * TEXELS, 3), np.float32)
+    palette[0], palette[1:-1] = SKY, np.concatenate([pattern, 0.8 * pattern], axis=1)
+    palette[-1, ::2], palette[-1, 1::2] = FLOOR  # tiles
+    # The n rays of a pixel share no row and no column: an edge of any slope has n shades.
     inside = (np.outer((1, 3), np.arange(SAMPLES))[..., None] % SAMPLES + 0.5) / SAMPLES  # (2, n, 1)
     xi, eta = np.float32(VIEW * (2 * (np.arange(size) + inside) / size - 1))  # (n, size), right and down
     xi, eta = xi[:, None, None], eta[:, None, :, None]  # (n, 1, 1, w), (n, 1, h, 1)
     position, gaze = np.float32((position.T, gaze.T))[:, :, None, :, None, None]  # (2, 1, f, 1, 1)
     ray = gaze + xi * np.stack([gaze[1], -gaze[0]])  # (2, n, f, 1, w)
     ray[ray == 0] = 1e-6  # along a grid line, which is then met far away and not at 0 / 0
-    z0, z1 = maze_cast(wall, position, ray), maze_cast(wall.T, position[::-1], ray[::-1])
-    z = np.minimum(z0, z1)
+    # A ray enters a cell only where it crosses a grid line: all lines across an axis are tried at once.
+    line, first = np.arange(len(wall)).reshape(-1, 1, 1, 1, 1), []
+    for axis, cells in enumerate((wall, wall.T)):
+        z = (np.float32(line) - position[axis]) / ray[axis]  # (g, n, f, 1, w)
+        # Beyond the border the index would leave the grid, but there the border has stopped the ray before.
+        along = np.clip(position[1 - axis] + z * ray[1 - axis], 0, len(wall) - 1).astype(np.int32)
+        first.append(np.where(cells[line - (ray[axis] < 0), along] & (z > 0), z, np.inf).min(0))
+    z = np.minimum(*first)  # (n, f, 1, w)
     # Walls lie on grid lines: x + y counts along them. Those across axis 1 are in shade: corners show.
-    column = (TEXELS * (position + z * ray).sum(0)).astype(np.int32) % TEXELS + TEXELS * (z1 < z0)
+    column = (TEXELS * (position + z * ray).sum(0)).astype(np.int32) % TEXELS + TEXELS * (first[1] < first[0])
     row = np.clip(1 + ROWS * (0.5 + z * eta / WALL), 0, ROWS + 1).astype(np.int32)  # (n, f, h, w)
     depth = np.minimum(z, WALL / 2 / np.abs(eta))
     x, y = (2 * (position + depth * ray)).astype(np.int32)  # floor tiles are half a cell wide
     seen = 2 * TEXELS * row + np.where(row > ROWS, (x ^ y) & 1, column)  # index in the palette
-    clear, colours = 1 / (1 + FOG * depth), zip(maze_palette(style), HAZE)  # the rest of the light is haze
+    clear, colours = 1 / (1 + FOG * depth), zip(np.moveaxis(palette, -1, 0), HAZE)  # the rest is haze
     video = np.stack([haze + (clear * (rgb - haze).take(seen)).mean(0) for rgb, haze in colours], -1)
     return (video + 0.5).astype(np.uint8)  # the cast rounds down
 
@@ -193,7 +161,7 @@ def maze_video(seed, frames, size):
 # Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought
 # to size (short side to --size, centre crop) and kept as a memory-mapped file: larger sets than memory train.
 #
-#     source --decode--> cache/KEY.npy, (videos, frames, size, size, channels), uint8, latents float32
+#     source --read_source--> frames --decode--> cache/KEY.npy, (videos, frames, size, size, channels)
 #
 # KEY is made of all that the frames depend on. A file gets its name when it is whole: what is there is valid.
 
@@ -211,15 +179,13 @@ def find_splits(path):
     path, parts = Path(path), ("train", "test")
     sources = [source for source in find_videos(path) if source.name != "actions.npz"]
     if all((path / part).is_dir() for part in parts):
-        splits = ([s for s in sources if s.relative_to(path).parts[0] == part] for part in parts)
-        return {"all": sources} | dict(zip(parts, splits))
+        return {"all": sources} | {part: [s for s in sources if path / part in s.parents] for part in parts}
     here = {source.name.lower(): source for source in sources}
     for folder, lists in itertools.product([path, path.parent, *sorted(path.glob("*/"))], SPLIT_LISTS):
         files = [folder / lists.format(part) for part in parts]
         if all(file.is_file() for file in files):
-            texts = [file.read_text(errors="replace") for file in files]
-            names = [re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", text) for text in texts]
-            splits = [[here.get(name.lower(), path / name) for name in part] for part in names]
+            listed = lambda file: re.findall(r"[^/\\,\s]+\.(?:pt|avi)\b", file.read_text(errors="replace"))
+            splits = [[here.get(name.lower(), path / name) for name in listed(file)] for file in files]
             if {*sum(splits, [])} & {*sources}:  # or else they are lists of something else
                 return {"all": sources} | dict(zip(parts, splits))
     return {"all": sources}
@@ -244,28 +210,19 @@ def read_source(source, args):
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
     if args.latents:
         with naming(source):
-            array = load_array(source)
-            if array.dtype.kind != "f" or array.shape[1:-1] != (args.size, args.size) or not array.size:
-                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {args.size}, "
-                                 f"{args.size}, channels)")
-            array = array.astype(np.float32)
-            if not np.isfinite(array).all():
-                raise ValueError("it holds NaN or infinite values")
-            yield array
+            array, side = load_array(source), args.size
+            fits = array.dtype.kind == "f" and array.shape[1:-1] == (side, side) and array.size
+            if not (fits and np.isfinite(array.astype(np.float32)).all()):
+                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {side}, {side}, "
+                                 "channels) without NaN and infinite values")
+            yield array.astype(np.float32)
 
 
-def cached(source, args):
-    """Where the frames of a source are, once they are decoded.    -> Path"""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    key = repr((str(source.resolve()), stats, args.size, args.antialias, args.latents, args.floats))
-    return Path(args.cache, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16] + ".npy")
-
-
-def decode(source, args):
-    """Put the frames of a source into the cache.    -> None, or a reason to skip it"""
+def decode(job, args):
+    """Put the frames of a source into the cache.    job: source, file -> None, or a reason to skip it"""
+    source, path = job
     try:
-        with whole(cached(source, args)) as file, tempfile.TemporaryFile(dir=args.cache) as raw:
+        with whole(path) as file, tempfile.TemporaryFile(dir=args.cache) as raw:
             for n, video in enumerate(read_source(source, args), 1):
                 for frame in video:
                     raw.write(np.ascontiguousarray(frame))
@@ -275,29 +232,22 @@ def decode(source, args):
         return str(error)
 
 
-def decode_all(sources, args):
+def cached(sources, args):
     """Decode what is missing, in several processes.    -> {source: its file}, {source: why it is skipped}"""
     os.makedirs(args.cache, exist_ok=True)
-    files = {source: cached(source, args) for source in sources}
-    missing = [source for source, file in files.items() if not file.exists()]
+    paths = {}
+    for source in sources:
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                 for file in sorted(source.glob("*")) or [source] if file.is_file()]
+        key = repr((str(source.resolve()), stats, args.size, args.antialias, args.latents, args.floats))
+        key = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+        paths[source] = Path(args.cache, f"{key}.npy")
+    missing = [(source, path) for source, path in paths.items() if not path.exists()]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
     reasons = zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing))
-    skipped = {source: why for source, why in reasons if why}
-    return {source: str(file) for source, file in files.items() if source not in skipped}, skipped
-
-
-def folder_actions(sources):
-    """What led to each frame.    -> {source: (frames, k)}, from an actions.npz beside the videos
-
-    Its array `actions` is (videos, frames, k), the videos in the natural order of their names."""
-    found = {}
-    for folder, group in itertools.groupby(sources, key=lambda source: source.parent):
-        group, actions = list(group), np.load(folder / "actions.npz", allow_pickle=False)["actions"]
-        if actions.ndim != 3 or len(actions) != len(group):
-            raise ValueError(f"{folder}/actions.npz: {actions.shape}, not ({len(group)} videos, frames, k)")
-        found.update(zip(group, actions))
-    return found
+    skipped = {source: why for (source, _), why in reasons if why}
+    return {source: str(path) for source, path in paths.items() if source not in skipped}, skipped
 
 
 def every(actions, stride):
@@ -322,43 +272,45 @@ class MazeVideos(Dataset):
 
     def __getitem__(self, i):
         seed, stride = maze_seed(self.split, self.args.seed * 2**32 + i), self.args.stride
-        video = maze_video(seed, stride * (self.args.frames - 1) + 1, self.args.size)
-        actions = np.zeros((len(video), 0))
-        if self.args.actions:
-            actions = 10 * maze_turns(seed, len(video))[:, None]
-        return to_model_range(video[::stride]), maze_style(seed), every(actions, stride)
+        frames = stride * (self.args.frames - 1) + 1
+        turns = 10 * maze_turns(seed, frames)[:, None] if self.args.actions else np.zeros((frames, 0))
+        video = maze_video(seed, frames, self.args.size)
+        return to_model_range(video[::stride]), maze_style(seed), every(turns, stride)
 
 
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, actions (frames, k)
 
     An epoch shows a window of every video, in [-1, 1]; its class is the name of its folder. held_out: of the
-    test split, if there is one."""
+    test split, if there is one. Actions are an array (videos, frames, k) in actions.npz beside the videos."""
 
     def __init__(self, args, held_out=False):
         splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
         split = args.split or ("train" if "train" in splits else "all")
+        split = "test" if held_out and split == "train" else split
         if split not in splits:
             raise ValueError(f"--split {split}: {args.data} has neither train/ and test/ nor lists of them")
-        split = "test" if held_out and split == "train" else split
-        files, self.skipped = decode_all(splits[split], args)
-        shapes = {source: np.load(file, mmap_mode="r").shape for source, file in files.items()}
+        files, self.skipped = cached(splits[split], args)
+        actions, self.videos, self.identity = {}, [], []
+        for folder, group in itertools.groupby(splits[split] if args.actions else (), lambda s: s.parent):
+            group, array = [*group], np.load(folder / "actions.npz", allow_pickle=False)["actions"]
+            if array.ndim != 3 or len(array) != len(group):
+                raise ValueError(f"{folder}/actions.npz: {array.shape}, not ({len(group)} videos, frames, k)")
+            actions.update(zip(group, array))
         self.classes = sorted({source.parent.name for source in splits[split]})
-        actions = {source: np.zeros((shape[1], 0)) for source, shape in shapes.items()}
-        if args.actions:
-            actions = folder_actions(splits[split])
-        self.videos = [(files[s], k, self.classes.index(s.parent.name), actions[s])
-                       for s, shape in shapes.items() if len(actions[s]) >= shape[1] >= self.span
-                       for k in range(shape[0])]
-        short = sum(shape[0] for shape in shapes.values()) - len(self)
-        self.about = (f"{len(self)} videos of {args.data}, split {split}; {short} shorter than {self.span} "
-                      f"frames, {len(self.skipped)} files unreadable")
+        for source, path in files.items():
+            videos, frames, *size = np.load(path, mmap_mode="r").shape
+            # Names and shapes, not times: a copy of the data is the same data.
+            self.identity.append([os.path.relpath(source, args.data), videos, frames, *size])
+            led = actions.get(source, np.zeros((frames, 0)))
+            if len(led) >= frames >= self.span:
+                label = self.classes.index(source.parent.name)
+                self.videos += [(path, k, label, led) for k in range(videos)]
+        total, longest = sum(row[1] for row in self.identity), max([0, *(row[2] for row in self.identity)])
+        self.about = f"{len(self)} of {total} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
-            longest = max((shape[1] for shape in shapes.values()), default=0)
             why = next(iter(self.skipped.values()), "see --frames, --stride")
-            raise ValueError(f"{self.about}: they have at most {longest} frames ({why})")
-        # Names and shapes, not times: a copy of the data is the same data.
-        self.identity = [[os.path.relpath(source, args.data), *shape] for source, shape in shapes.items()]
+            raise ValueError(f"{self.about}, but at most {longest} ({why})")
         self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
 
     def __len__(self):
@@ -414,89 +366,61 @@ def to_pixels(x, latents=False):
     return x if latents else ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def write_array(path, videos):
-    """Videos as an array, compressed, as fvd.py reads it."""
-    with whole(path) as file:
-        np.savez_compressed(file, videos=videos)
-
-
-def enlarge(videos):
-    """uint8 (b, f, h, w, 3) -> the same in pictures of 64 pixels or more"""
-    scale = max(1, 64 // videos.shape[3])
-    return videos.repeat(scale, axis=2).repeat(scale, axis=3)
-
-
-def side_by_side(videos):
-    """Videos in rows and columns.    uint8 (b, f, h, w, 3) -> (f, H, W, 3), even sides as H.264 wants"""
-    rows = math.ceil(math.sqrt(len(videos)))
-    videos = np.pad(enlarge(videos), ((0, -len(videos) % rows), *4 * [(0, 0)]))
-    videos = rearrange(videos, "(r s) f h w c -> f (r h) (s w) c", r=rows)
-    return np.pad(videos, ((0, 0), *((0, side % 2) for side in videos.shape[1:3]), (0, 0)))
+def tiled(pictures, columns=None, gap=0):
+    """Pictures in rows, by default in a square.    uint8 (n, h, w, 3) -> (H, W, 3), even sides for H.264"""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    scale = max(1, 64 // pictures.shape[2])  # to 64 pixels or more
+    cells = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    edges = (0, -len(cells) % columns), (0, gap), (0, gap), (0, 0)
+    page = rearrange(np.pad(cells, edges, constant_values=255), "(r s) h w c -> (r h) (s w) c", s=columns)
+    return np.pad(page, ((0, page.shape[0] % 2), (0, page.shape[1] % 2), (0, 0)))
 
 
 @contextlib.contextmanager
 def film(path, fps):
-    """An MP4 that grows.    -> function that appends uint8 videos (b, f, h, w, 3), side by side"""
+    """An MP4 that grows, a GIF and a sheet, .png.    -> function that appends uint8 videos (b, f, h, w, 3)
+
+    MP4 and GIF show the videos side by side; the sheet has a row for each, time from left to right. Of more
+    than 32 frames, GIF and sheet show every second, every fourth, ... one."""
+    shown, count = {}, itertools.count()
+
+    def append(videos):
+        for pictures, k in zip(videos.swapaxes(0, 1), count):
+            mp4.write_frame(tiled(pictures))
+            shown[k], step = pictures, 2 ** (k // 32).bit_length()  # 1 before frame 32, 2 before 64, ...
+            for i in [i for i in shown if i % step]:
+                del shown[i]
+
     with whole(path) as file, iio.imopen(file, "w", extension=".mp4", plugin="pyav", container="mp4") as mp4:
         mp4.init_video_stream("libx264", fps=fps)
-        yield lambda videos: [mp4.write_frame(frame) for frame in side_by_side(videos)]
+        yield append
+    if shown:
+        pages, cells = [*map(tiled, shown.values())], rearrange([*shown.values()], "f b h w c -> (b f) h w c")
+        with whole(path.with_suffix(".gif")) as gif, whole(path.with_suffix(".png")) as png:
+            iio.imwrite(gif, pages, extension=".gif", duration=1000 / fps, loop=0)  # it merges equal frames
+            iio.imwrite(png, tiled(cells, len(shown), gap=4), extension=".png")
 
 
-def write_sheet(path, videos, columns=16):
-    """A row for each video, time from left to right, as .png.    uint8 (b, f, h, w, 3)"""
-    shown = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
-    cells = np.pad(enlarge(videos[:, shown]), (*2 * [(0, 0)], *2 * [(0, 4)], (0, 0)), constant_values=255)
-    with whole(path) as file:
-        iio.imwrite(file, rearrange(cells, "b f h w c -> (b h) (f w) c"), extension=".png")
-
-
-def write_pictures(path, videos, fps):
-    """Videos as `path`.gif, .mp4 and .png.    uint8 (b, f, h, w, 3)"""
-    with whole(path.with_suffix(".gif")) as file:  # it merges equal frames, of hundredths of a second
-        iio.imwrite(file, side_by_side(videos), extension=".gif", duration=1000 / fps, loop=0)
-    with film(path.with_suffix(".mp4"), fps) as append:
-        append(videos)
-    write_sheet(path.with_suffix(".png"), videos)
-
-
-def new_folder(given, base):
-    """Make the folder `given`, which must be empty if it exists, else the first new of base, base-2, ..."""
-    if given and Path(given).is_dir() and any(Path(given).iterdir()):
-        raise ValueError(f"--out {given} is not empty: choose another folder, or go on with --resume {given}")
-    for path in [given] if given else (base if k == 1 else f"{base}-{k}" for k in itertools.count(1)):
-        with contextlib.suppress(FileExistsError):
-            Path(path).mkdir(parents=True, exist_ok=bool(given))
-            return Path(path)
-
-
-def numbered(folder):
-    """Checkpoints or samples in a folder, the newest first.    -> {Path: step}"""
-    pattern = re.compile(r"(?:checkpoint|step)-(\d+)\.(?:pt|png|gif|mp4|npz)")  # neither .old nor .part
-    steps = {path: int(name[1]) for path in Path(folder).iterdir() if (name := pattern.fullmatch(path.name))}
-    return dict(sorted(steps.items(), key=lambda item: -item[1]))
+def checkpoints(folder):
+    """The checkpoints in a folder, by their steps.    -> list of Path, the newest last"""
+    paths = (path for path in Path(folder).glob("checkpoint-*.pt") if path.stem[11:].isdecimal())
+    return sorted(paths, key=natural)
 
 
 def load_checkpoint(run):
-    """A run's folder or one of its checkpoints -> dict. Raises ValueError, naming the one before it."""
-    path = Path(run)
-    if path.is_dir():
-        path = next(iter(numbered(path)), path)
-    if not path.is_file():
-        raise ValueError(f"{path} is no checkpoint and no folder that holds one")
+    """A run's folder, or one of its checkpoints, -> dict. Raises ValueError."""
+    path = (checkpoints(run) or [Path(run)])[-1]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
     except Exception as error:  # zip, pickle and torch share no narrower class
-        steps = numbered(path.parent)
-        before = [other for other in steps if steps[other] < steps.get(path, 0)]
-        mend = f": go on with the one before it, {before[0]}" if before else ""
-        raise ValueError(f"{path} is damaged or not of train.py ({type(error).__name__}){mend}") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
 
 def rewind(out, step):
-    """Set aside, as .old, what a run wrote after a step, now to be written anew; shorten its log."""
-    for path, written in (numbered(out) | numbered(out / "samples")).items():
-        if written > step:
+    """Undo what a run did after a step: later checkpoints become .old, the log is shortened."""
+    for path in checkpoints(out):
+        if int(path.stem[11:]) > step:
             os.replace(path, f"{path}.old")
     for path in out.rglob("*.part"):  # of a killed run
         path.unlink()
@@ -517,8 +441,6 @@ def rewind(out, step):
 def join(device):
     """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if ranks > 1 and device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} cannot be shared by {ranks} processes: give cuda or cpu")
     try:
         if ranks > 1 and device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -537,10 +459,9 @@ def join(device):
 def gather(x):
     """The tensors of all ranks, on the CPU. All ranks wait here for each other.    (...) -> (ranks, ...)"""
     x = x.cpu().contiguous()
-    if not dist.is_initialized():
-        return x[None]
-    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(xs, x)
+    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
+    if dist.is_initialized():
+        dist.all_gather(xs, x)
     return torch.stack(xs)
 
 
@@ -556,7 +477,6 @@ def on_signal(action, *_):
 # No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and
 # hidden class of every item, whichever process draws them. So N ranks train as one does with N times the
 # batch, and weights, their average, the optimiser and the step are all that a run needs to go on exactly.
-
 
 CHECKPOINT = "args step per_step data network network_args diffusion_args model ema optimizer".split()
 
@@ -579,27 +499,6 @@ def draw(items, shape, args, device):
     return torch.stack(t), torch.stack(eps), torch.stack(keep)
 
 
-def describe(args):
-    """What makes network and diffusion.    -> class in vdm_ssm, its arguments, GaussianDiffusion's"""
-    size = DIM_SIZES[args.dim_size] if args.dim_size else dict(depth=args.depth, d=args.width)
-    unet = dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads, temporal=args.temporal,
-                causal=args.causal)
-    name, own = ("DiM", dict(size, patch=args.patch)) if args.backbone == "dim" else ("UNet3D", unet)
-    shared = dict(channels=args.channels, cond_dim=len(args.classes) + args.action_dim or None,
-                  add_cond=args.action_dim > 0, recompute=args.recompute)
-    return name, own | shared, dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
-
-
-def build(network, network_args, args):
-    """The network, on the CPU. Raises ValueError for what it cannot draw, before hours are spent."""
-    model = getattr(vdm_ssm, network)(**network_args)
-    if args.size % model.factor:
-        raise ValueError(f"--size {args.size} must be a multiple of {model.factor}, see --patch, --dim-mults")
-    if args.label is not None and args.label not in args.classes:
-        raise ValueError(f"--class {args.label} is none of {args.classes}, the classes of this run")
-    return model
-
-
 def conditions(labels, actions, args, device):
     """What the network is told.    labels (b), actions (b, f, k) -> (b, classes), or None for nothing
 
@@ -613,15 +512,24 @@ def conditions(labels, actions, args, device):
     return None if cond is None else cond.to(device)
 
 
-def batches(data, args, rank, ranks, begin):
-    """This rank's share of all batches from item `begin` on.    -> iterator: items, x0, labels, actions"""
-    firsts = range(begin + rank * args.batch, 10**15, ranks * args.batch)
-    mine = lambda: (range(first, first + args.batch) for first in firsts)
-    # Loaders ignore what a terminal or a cluster sends to all processes: the run will end them.
-    loader = DataLoader(data, batch_sampler=mine(), num_workers=args.workers,
-                        worker_init_fn=partial(on_signal, signal.SIG_IGN),
-                        pin_memory=args.device.startswith("cuda"))
-    return ((items, *batch) for items, batch in zip(mine(), loader))
+def build(args):
+    """The network of a run, on the CPU.    -> name of its class in vdm_ssm, its arguments, itself
+
+    Raises ValueError for what it could not draw, before hours are spent."""
+    if args.backbone == "dim":
+        size = DIM_SIZES.get(args.dim_size, dict(depth=args.depth, d=args.width))
+        name, own = "DiM", dict(size, patch=args.patch)
+    else:
+        name, own = "UNet3D", dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads,
+                                   temporal=args.temporal, causal=args.causal)
+    own |= dict(channels=args.channels, cond_dim=len(args.classes) + args.action_dim or None,
+                add_cond=args.action_dim > 0, recompute=args.recompute)
+    model = getattr(vdm_ssm, name)(**own)
+    if args.size % model.factor:
+        raise ValueError(f"--size {args.size} must be a multiple of {model.factor}, see --patch, --dim-mults")
+    if args.label is not None and args.label not in args.classes:
+        raise ValueError(f"--class {args.label} is none of {args.classes}, the classes of this run")
+    return name, own, model
 
 
 def train(args, checkpoint=None):
@@ -632,25 +540,22 @@ def train(args, checkpoint=None):
     data = videos_of(args) if rank > 0 else data
     args.channels, args.classes = data.channels, data.classes if args.class_cond else []
     args.action_dim = data.action_dim if args.actions else 0
-    if len(args.classes) == 1:
-        raise ValueError(f"--class-cond needs two classes, a folder each: all are in {args.classes[0]}")
     torch.manual_seed(args.seed)
-    network, network_args, diffusion_args = describe(args)
-    model = build(network, network_args, args)
+    network, network_args, model = build(args)
     model.to(device, memory_format=torch.channels_last)  # as activations lie: 5 % faster
     decay = lambda k: min(args.ema, (1 + float(k)) / (10 + float(k)))  # a plain average at first
     ema = AveragedModel(model, multi_avg_fn=lambda a, b, k: get_ema_multi_avg_fn(decay(k))(a, b, k))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    step, per_step = 0, args.batch * args.grad_accum * ranks
+    begin, per_step = 0, args.batch * args.grad_accum * ranks
     if checkpoint:
-        step, was = checkpoint["step"], checkpoint["per_step"]
+        begin, was = checkpoint["step"], checkpoint["per_step"]
         if checkpoint["data"] != data.identity:
             raise ValueError(f"{args.data} no longer holds the videos of this run: restore them")
         if was != per_step:
             raise ValueError(f"--batch x --grad-accum x processes was {was} and must stay, but is {per_step}")
         model.load_state_dict(checkpoint["model"])
         ema.module.load_state_dict(checkpoint["ema"])
-        ema.n_averaged.fill_(step)
+        ema.n_averaged.fill_(begin)
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block has a shape of its own
@@ -658,62 +563,63 @@ def train(args, checkpoint=None):
             if isinstance(block, (vdm_ssm.ResBlock, vdm_ssm.OverSpace, vdm_ssm.OverTime, vdm_ssm.DiMBlock)):
                 block.compile(dynamic=False)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
+    diffusion_args = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
     diffusion = GaussianDiffusion(net, **diffusion_args).to(device)
+    # This rank's share of all batches. Loaders ignore a signal to the whole group: the run will end them.
+    firsts = range(begin * per_step + rank * args.batch, 10**15, ranks * args.batch)
+    shares = lambda: (range(first, first + args.batch) for first in firsts)
+    loader = DataLoader(data, batch_sampler=shares(), num_workers=args.workers,
+                        worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=device.type == "cuda")
+    batches, out, stop, step = zip(shares(), loader), Path(args.out), [], begin
     if rank == 0:
-        out = Path(args.out) if checkpoint else new_folder(args.out, Path("runs", Path(args.data).stem))
-        (out / "samples").mkdir(exist_ok=True)
-        rewind(out, step)
-        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        print(f"model    {network}, {size}, on {ranks} x {device}{', bfloat16' if args.amp else ''}\n"
-              f"data     {data.about}\nwrites   {out}", flush=True)
-    shown, stop = batches(data, args, rank, ranks, step * per_step), []
+        (out / "samples").mkdir(parents=True, exist_ok=begin > 0)
+        rewind(out, begin)
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{network}, {size:,} weights, on {ranks} x {device}\n{data.about}\nwrites {out}", flush=True)
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
     while True:
-        # Save and draw what is due and not there yet. A signal to one rank stops all after the same step.
-        due = lambda every: step > 0 and (step == args.steps or step % every == 0)
-        if rank == 0:
-            path = out / f"checkpoint-{step:06d}.pt"
-            drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
-        draws = rank == 0 and due(args.sample_every) and not drawn.exists()
-        stopped, draws = gather(torch.tensor([len(stop), draws])).any(0).tolist()
-        if rank == 0 and (due(args.save_every) or stopped and step > 0) and not path.exists():
-            kept = {name: value for name, value in vars(args).items() if name not in PLACE}
-            made = kept, step, per_step, data.identity, network, network_args, diffusion_args
+        # Save and draw what is due. A signal to one rank stops all after the same step.
+        due = lambda every: step > 0 and (step >= args.steps or step % every == 0)
+        path = out / f"checkpoint-{step:06d}.pt"
+        drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
+        stopped = gather(torch.tensor(len(stop))).any().item()
+        if rank == 0 and step > begin and (due(args.save_every) or stopped):
+            made = vars(args), step, per_step, data.identity, network, network_args, diffusion_args
             states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
             with whole(path) as file:
                 torch.save(dict(zip(CHECKPOINT, made + states)), file)
-            for old in [*numbered(out)][args.keep :]:
+            for old in checkpoints(out)[: -args.keep]:
                 old.unlink()
-        if draws:
+        if due(args.sample_every):
             videos = sample_videos(ema.module, args, device)
             if rank == 0 and args.latents:
-                write_array(drawn, videos)
+                with whole(drawn) as file:
+                    np.savez_compressed(file, videos=videos)
             elif rank == 0:
-                write_pictures(drawn, np.concatenate([to_pixels(data[0][0][None]), videos]), args.fps)
-        if step == args.steps or stopped:
+                with film(drawn.with_suffix(".mp4"), args.fps) as append:
+                    append(np.concatenate([to_pixels(data[0][0][None]), videos]))
+        if step >= args.steps or stopped:
             break
 
         # One step.
-        step, began, seen = step + 1, time.time(), []
+        step, began, losses = step + 1, time.time(), []
         for k in range(args.grad_accum):
-            items, x0, labels, actions = next(shown)
+            items, (x0, labels, actions) = next(batches)
             x0 = x0.to(device, non_blocking=device.type == "cuda")
             cond = conditions(labels, actions, args, device)
             t, eps, keep = draw(items, x0.shape[1:], args, device)
             net.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                losses = diffusion.losses(x0, t, eps, cond, keep)  # (b, f)
-            (losses.mean() / args.grad_accum).backward()
-            seen.append(torch.stack([t.view(len(t), -1).expand_as(losses), losses.detach()]))
+                losses.append(diffusion.loss(x0, t, eps, cond, keep) / args.grad_accum)
+            losses[-1].backward()
+        loss = gather(sum(losses).detach()).mean().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
-        t, losses = rearrange(gather(torch.stack(seen)), "r a two b f -> two (r a b f)")
-        loss, fall = losses.mean().item(), max(1, round(args.cooldown * args.steps))
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr, or give --no-amp")
+        fall = max(1, round(args.cooldown * args.steps))
         lr = args.lr * min(1, step / max(1, args.warmup), (args.steps + 1 - step) / fall)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(f"step {step} of loss {loss}, gradient norm {norm} is not saved: try a new run "
-                             "with a lower --lr, a longer --warmup or --no-amp")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -721,21 +627,14 @@ def train(args, checkpoint=None):
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}")
         if rank == 0:
-            quarters = [losses[4 * t // args.diffusion_steps == q] for q in range(4)]  # little noise to much
-            by_noise = [part.mean().item() if len(part) else None for part in quarters]
-            memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-            line = dict(step=step, loss=loss, loss_by_noise=by_noise, grad_norm=norm, lr=lr,
-                        videos_per_second=per_step / (time.time() - began), memory_mib=memory)
+            speed = per_step / (time.time() - began)
+            line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, videos_per_second=speed)
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
     bar.close()
-    if rank == 0 and step < args.steps:
-        command = "python" if ranks == 1 else "torchrun ..."
-        print(f"stopped after step {step}; go on with: {command} train.py --resume {shlex.quote(str(out))}")
-    elif rank == 0:
-        print(f"wrote {path}\n      {drawn}, the first row is data\n      {out}/log.jsonl")
-        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
+    print(f"stopped after step {step}: see --resume {out}" if step < args.steps else f"wrote {path}, {drawn}")
+    print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
         dist.destroy_process_group()
@@ -745,30 +644,31 @@ def train(args, checkpoint=None):
 # 6. Sampling
 
 
-def pieces(model, args, device, numbers, past=None, progress=iter):
+def pieces(model, args, device, numbers, past=None, actions=None, progress=iter):
     """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
 
     A causal network draws frame by frame. Another draws windows as long as in training, each after the last
-    --past frames of the one before. past: frames (b, c, k, size, size) to go on from. A seed and a number
-    make the same video, whatever is drawn beside it."""
+    --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
+    (frames, k). A seed and a number make the same video, whatever is drawn beside it."""
     rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
     noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
     first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
-    how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance)
+    how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance,
+               steps=min(args.sample_steps, args.diffusion_steps))
     turn = [args.label] if args.label else args.classes  # all in turn
     labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
-    told = conditions(labels, args.commands and [args.commands] * len(rngs), args, device)
+    told = conditions(labels, None if actions is None else np.stack([actions] * len(rngs)), args, device)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    diffusion = GaussianDiffusion(mixed(model.forward), **describe(args)[2]).to(device)
+    diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
+    diffusion.to(device)
     if args.causal:
-        told = told.unbind(1) if args.action_dim and told is not None else told
-        frames = stream(diffusion, partial(noise, 1), past, told, args.sample_steps, **how)
-        yield from itertools.islice(frames, args.frames)
+        told = told if actions is None else told.unbind(1)
+        yield from itertools.islice(stream(diffusion, partial(noise, 1), past, told, **how), args.frames)
         return
     window, left = args.window if args.past else args.frames, args.frames
     while left > 0:
         f = min(left, window - (0 if past is None else past.shape[2]))
-        x = diffusion.sample(noise(f), args.sample_steps, cond=told, past=past, progress=progress, **how)
+        x = diffusion.sample(noise(f), cond=told, past=past, progress=progress, **how)
         yield x
         left, past = left - f, torch.cat([x] if past is None else [past, x], dim=2)[:, :, -args.past :]
 
@@ -784,63 +684,64 @@ def sample_videos(model, args, device, progress=iter):
     return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
 
 
-def frames_before(args):
-    """The last --past frames of the video --after.    -> (1, c, k, size, size)"""
-    need = args.stride * (args.past - 1) + 1
-    frames = deque(next(read_source(find_videos(args.after)[0], args)), maxlen=need)
-    if len(frames) < need:
-        raise ValueError(f"--after {args.after} has {len(frames)} frames; --past {args.past} takes {need}")
-    return to_model_range(np.stack(frames)[:: args.stride])[None]
-
-
-def sample_film(model, args, device, past):
-    """Videos of any length into film.mp4, as they are drawn, and frames of them into film.png."""
-    total, shown, done, stop = args.frames + (0 if past is None else past.shape[2]), [], 0, []
-    wanted = np.linspace(0, total - 1, 16).round()
+def sample_film(model, args, device):
+    """Videos of any length into film.mp4, as they are drawn: after those of --after, under --actions FILE."""
+    past = actions = None
+    if args.after:
+        span = args.stride * (args.past - 1) + 1
+        files, skipped = cached(find_videos(args.after)[:1], args)
+        for why in skipped.values():
+            raise ValueError(why)
+        last = np.load(*files.values(), mmap_mode="r")[0][-span:]
+        if len(last) < span:
+            raise ValueError(f"--after {args.after} has {len(last)} frames; --past {args.past} takes {span}")
+        past = to_model_range(last[:: args.stride]).to(device).expand(args.sample_videos, -1, -1, -1, -1)
+    if isinstance(args.actions, str):
+        actions = np.load(args.actions, allow_pickle=False)
+        if np.ndim(actions) != 2 or actions.shape[1] != args.action_dim:
+            raise ValueError(f"--actions {args.actions}: no .npy of shape (frames, {args.action_dim})")
+        args.frames = len(actions)
+    stop, path = [], Path(args.out, "film.mp4")
+    path.parent.mkdir(parents=True)
+    print(f"writes {path}, and frames of it as .gif and .png")
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))
-    drawn = pieces(model, args, device, range(args.sample_videos), past)
-    with film(args.out / "film.mp4", args.fps) as append, tqdm(total=total, unit=" frames") as bar:
+    drawn = pieces(model, args, device, range(args.sample_videos), past, actions)
+    with film(path, args.fps) as append, tqdm(total=args.frames, unit=" frames") as bar:
         for x in itertools.chain([] if past is None else [past], drawn):
-            videos = to_pixels(x).numpy()
-            append(videos)
-            shown += [videos[:, k] for k in range(videos.shape[1]) if done + k in wanted]
-            done += videos.shape[1]
-            bar.update(videos.shape[1])
+            append(to_pixels(x).numpy())
+            bar.update(x.shape[2])
             if stop:
                 break
-    write_sheet(args.out / "film.png", np.stack(shown, axis=1))
-    print(f"film.mp4: {done} frames, {bar.format_dict['rate'] or 0:.1f} a second\nfilm.png: some of them")
 
 
 def sample(args, checkpoint):
     """Draw videos from a checkpoint, without its data. --real writes those that they should resemble, too."""
     rank, ranks, device = join(args.device)
-    model = build(checkpoint["network"], checkpoint["network_args"], args)
+    model, out = build(args)[2], Path(args.out)
     model.load_state_dict(checkpoint["ema"])
     model.to(device).requires_grad_(False)
-    long = args.after or args.frames > args.window and args.past
-    if long and (args.latents or args.real or ranks > 1):
-        raise ValueError(f"more than {args.window} frames, or --after: only by one process, for pixels, "
-                         "without --real")
-    past = frames_before(args).to(device).expand(args.sample_videos, -1, -1, -1, -1) if args.after else None
-    args.out = out = new_folder(args.out, checkpoint["folder"] / "sampled") if rank == 0 else None
-    print(f"writes {out}")
-    if long:
-        return sample_film(model, args, device, past)
+    if args.after or isinstance(args.actions, str) or args.frames > args.window and args.past:
+        if args.latents or args.real or ranks > 1:
+            raise ValueError("long films are drawn by one process, in pixels, without --real")
+        return sample_film(model, args, device)
+    written = {}
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
             raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
-        write_array(out / "real.npz", to_pixels(real, args.latents).numpy())
+        written["real"] = to_pixels(real, args.latents).numpy()
         print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
-    videos = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
+    written["fake"] = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
-        write_array(out / "fake.npz", videos)
-        print(f"fake.npz: {videos.dtype} {videos.shape}, videos, frames, height, width, channels")
+        out.mkdir(parents=True)
+        for name, videos in written.items():
+            with whole(out / f"{name}.npz") as file:
+                np.savez_compressed(file, videos=videos)
+            print(f"wrote {out}/{name}.npz, {videos.dtype} {videos.shape}")
         if not args.latents:
-            write_pictures(out / "sheet", videos[:16], args.fps)
-            print("sheet.png, sheet.gif, sheet.mp4: at most 16 of them")
+            with film(out / "sheet.mp4", args.fps) as append:
+                append(written["fake"][:16])
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -848,46 +749,43 @@ def sample(args, checkpoint):
 # -----------------------------------------------------------------------------
 # 7. The command line
 #
-# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults. By default a CPU
-# run ends in minutes, and a GPU run is worth its device.
+# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults, but for those of
+# one command alone. Those that say what is learned must stay. By default a CPU run ends in minutes.
 
-PLACE = {"command", "run", "resume", "out", "cache", "device", "workers", "after", "past",
-         "window", "commands"}
-DRAWING = {"sample_videos", "sampler", "sample_steps", "eta", "guidance", "label", "fps", "data", "amp"}
-LOOP = {"steps", "batch", "grad_accum", "compile", "recompute", "save_every", "keep", "sample_every"}
-MAY_CHANGE = {None: DRAWING | LOOP,
-              "sample": DRAWING | {"frames", "size", "seed", "batch", "real", "actions"}}
 GPU = torch.cuda.is_available()
 
 
-def within(kind, low, high=math.inf, commas=False):
-    """A reader of numbers, int or float, from low to high; commas: of a list of them."""
-
-    def read(text):
-        numbers = [kind(part) for part in (text.split(",") if commas else [text])]
-        if not all(low <= number <= high for number in numbers):  # nan, too
+def within(kind, low, high=math.inf):
+    """A reader of numbers, int or float, from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:  # nan, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return numbers if commas else numbers[0]
-
-    read.__name__ = kind.__name__  # argparse names it if the text is no number
-    return read
+        return kind(text)
+    return number
 
 
-COUNT, COUNTS, SHARE = within(int, 1), within(int, 1, commas=True), within(float, 0, 1)
-POSITIVE, NATURAL, SWITCH = within(float, 0), within(int, 0), argparse.BooleanOptionalAction
+COUNT, NATURAL, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 0), within(float, 0, 1)
+COUNTS, SWITCH = lambda text: [COUNT(part) for part in text.split(",")], argparse.BooleanOptionalAction
 
 
-def add_data_and_model(parser):
-    """Options of what is learned, and by which network."""
-    add = parser.add_argument_group("samples of a run").add_argument
+def add_own(parser):
+    """Options of one command alone."""
+    add = parser.add_argument_group("this command").add_argument
     add("command", nargs="?", choices=("sample",), help="draw samples of RUN instead of training")
     add("run", nargs="?", metavar="RUN", help="folder of a run, or a checkpoint in it")
-    add("--after", metavar="FILE", help="go on from the end of this video")
-    add("--past", type=NATURAL, metavar="K", help="frames of --after, or of a window, that the next one "
-        "sees, by default half of it; 0 draws all frames at once")
-    add("--real", type=COUNT, help="write as many videos of the test split too (if it has none: of all)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
+    add("--real", type=COUNT, help="sample: write as many videos that the run has not seen, too")
+    add("--after", metavar="FILE", help="sample: go on from the end of this video")
+    add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
+    add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint in it")
+    best = "cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", default=best, help="cuda, cuda:1, mps or cpu")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
+
+
+def add_learned(parser):
+    """Options of what is learned, by which network and how: they stay."""
+    add = parser.add_argument_group("what is learned, and how").add_argument
     add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
     add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
@@ -895,19 +793,16 @@ def add_data_and_model(parser):
     add("--stride", type=COUNT, default=1, metavar="K", help="take every K-th frame of a video")
     add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
-    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
-    add("--actions", nargs="?", const=True, metavar="FILE", help="with --causal: tell what leads to each "
-        "frame, turns or actions.npz beside the videos; sample: follow an .npy of (frames, k)")
     add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
-    add = parser.add_argument_group("model").add_argument
+    add("--actions", nargs="?", const=True, metavar="FILE", help="causal: tell what led to each frame, turns "
+        "or actions.npz beside the videos; sample: follow an .npy of (frames, k) to its end")
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
-    add("--frame-noise", action=SWITCH, default=False, help="a noise level for each frame: samples may go on "
-        "from given frames. The papers have one for each video")
+    add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
+    add("--frame-noise", action=SWITCH, default=False, help="a noise level for each frame: videos can go on")
     add("--causal", action=SWITCH, default=False, help="unet: no frame sees those after it, and samples are "
         "streams. Implies --frame-noise, --temporal mamba and, on a CPU, long clips one by one")
-    add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
     add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
     add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
     add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: level widths / dim")
@@ -916,101 +811,82 @@ def add_data_and_model(parser):
     add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, 16, 24, ...")
     add("--dim-size", choices=DIM_SIZES, help="dim: DiT's depth and width, instead of those above")
     add("--patch", type=COUNT, default=2 if GPU else 4, help="dim: side of a token in pixels")
-
-
-def add_training_and_drawing(parser):
-    """Options of training, of the machine and of what is written."""
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
-    add("--batch", type=COUNT, default=16 if GPU else 4, help="videos per process and pass, or drawn at once")
-    add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     add("--lr", type=POSITIVE, default=3e-4 if GPU else 1e-3, help="learning rate of Adam")
     add("--warmup", type=NATURAL, default=50, help="steps in which it rises to --lr")
     add("--cooldown", type=SHARE, default=0.2, help="last share of the steps, in which it falls to 0")
     add("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient, 0 for no limit")
     add("--ema", type=SHARE, default=0.9995 if GPU else 0.995, help="decay of the averaged weights, per step")
     add("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of weights, data order and noise")
-    add = parser.add_argument_group("speed and memory").add_argument
-    best = "cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def add_free(parser):
+    """Options that may change when a run goes on."""
+    add = parser.add_argument_group("length, speed, saving and drawing").add_argument
+    add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
+    add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
+    add("--batch", type=COUNT, default=16 if GPU else 4, help="videos per process and pass, or drawn at once")
+    add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     bf16 = GPU and torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--device", default=best, help="cuda, cuda:1, mps or cpu")
     add("--amp", action=SWITCH, default=bf16, help="matrix products and convolutions in bfloat16")
     add("--compile", action=SWITCH, default=False, help="torch.compile: minutes at first, then faster steps")
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
-    add = parser.add_argument_group("run").add_mutually_exclusive_group().add_argument
-    add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint in it; only "
-        "steps, speed, saving and drawing may change, batch x grad-accum x processes not")
-    add = parser.add_argument_group("saving and drawing").add_argument
     add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
     add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
     add("--sample-every", type=COUNT, default=2000 if GPU else 500, help="steps from sample to sample")
     add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, help="videos drawn")
     add("--sampler", choices=("ddim", "dpm"), default="ddim", help="dpm: DPM-Solver++ of second order")
-    add("--sample-steps", type=COUNT, default=50, help="denoising steps")
+    add("--sample-steps", type=COUNT, default=50, help="denoising steps, at most --diffusion-steps")
     add("--eta", type=SHARE, default=0.0, help="noise in ddim: 0 DDIM, 1 DDPM")
     add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of the class, 0 ignores it")
     add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
     add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
 
 
-def read_actions(path, k):
-    """The actions of a file, for each frame.    -> list of lists of k numbers"""
-    actions = np.load(path, allow_pickle=False)
-    if not k or not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != k:
-        raise ValueError(f"--actions {path}: wanted is an .npy of shape (frames, {k})" if k else
-                         f"--actions {path}: this run was trained without --actions")
-    return actions.tolist()
-
-
 def parse(argv):
     """Arguments and, if a run is named, its checkpoint. Raises ValueError."""
     parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_data_and_model(parser)
-    add_training_and_drawing(parser)
-    if parser.parse_known_args(argv)[0].causal:
+    names = []  # of the first function's options, of those of two, of all
+    for add in (add_own, add_learned, add_free):
+        add(parser)
+        names.append(vars(parser.parse_args([])).keys())
+    if "--causal" in argv:
         longer = {} if GPU else dict(frames=32, batch=1, steps=1200, sample_every=1200, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
     args, checkpoint = parser.parse_args(argv), None
-    only = args.real or args.after or args.past is not None
-    if bool(args.command) != bool(args.run) or args.command and args.resume or only and not args.command:
-        raise ValueError("samples are drawn by: train.py sample RUN [--real N] [--after FILE], no --resume")
-    source, window, commands = args.run if args.command else args.resume, args.frames, None
-    if source is not None:
-        checkpoint = load_checkpoint(source)
-        saved = dict(checkpoint["args"])
-        window = saved["frames"]
-        if args.command and isinstance(args.actions, str):
-            commands = read_actions(args.actions, saved["action_dim"])
-            saved["frames"] = len(commands)
+    args.window = args.frames
+    if args.run or args.resume:
+        checkpoint = load_checkpoint(args.run or args.resume)
+        saved = {name: value for name, value in checkpoint["args"].items() if name not in names[0]}
         args = parser.parse_args(argv, argparse.Namespace(**saved))
-        for name in saved.keys() - MAY_CHANGE[args.command]:
+        free = {"size", "frames", "seed", saved["actions"] and "actions"} if args.run else set()
+        for name in (names[1] - names[0] - free) & saved.keys():
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
-        if args.resume and args.steps < checkpoint["step"]:
-            raise ValueError(f"--steps {args.steps}: {source} has done {checkpoint['step']} already")
-        args.out = str(checkpoint["folder"]) if args.resume else args.out
+    sampling = args.command or args.real or args.after or args.past is not None
     args.frame_noise |= args.causal
-    if not args.frame_noise and (args.after or args.past):
-        raise ValueError("--after and --past need a run with --frame-noise: this one knows no clean frames")
-    args.past = args.past if args.past is not None else window // 2 * args.frame_noise
-    if args.past >= window and not args.causal:
-        raise ValueError(f"--past {args.past} leaves nothing of a window, {window} frames as in training")
-    if args.actions and not args.causal or args.causal and args.backbone == "dim":
-        raise ValueError("--actions need --causal, and that needs --backbone unet")
-    args.window, args.commands = window, commands
-    folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
-    args.cache = str(folder.resolve().parent / "cache")
+    args.past = args.window // 2 * args.frame_noise if args.past is None else args.past
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
-    if args.data != "maze" and Path(args.data) in Path(args.out or folder, "samples").resolve().parents:
-        raise ValueError(f"--out {args.out or folder} lies in --data: what it writes would become data")
-    if args.sample_steps > args.diffusion_steps:
-        raise ValueError(f"--sample-steps above the {args.diffusion_steps} of --diffusion-steps")
-    if args.sampler == "dpm" and args.eta:
-        raise ValueError(f"--sampler dpm adds no noise: leave out --eta {args.eta}, or take --sampler ddim")
-    if args.guidance != 1 and not (args.class_cond and args.cond_drop):
-        raise ValueError(f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")
+    folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
+    base = folder / "sampled" if args.run else folder
+    new = (path for k in itertools.count(1) if not (path := Path(f"{base}-{k}" if k > 1 else base)).exists())
+    out = folder if args.resume else Path(args.out or next(new))
+    for wrong, told in [
+        (sampling and not args.run or args.resume and (args.run or args.out),
+         "wanted is train.py [--resume RUN or --out NEW], or train.py sample RUN [--real N] [--after FILE]"),
+        (args.out and out.exists(), f"--out {out} exists: choose another, or go on with --resume {out}"),
+        (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
+        ((args.after or args.past) and not args.frame_noise,
+         "--after and --past need a run with --frame-noise: this one knows no clean frames"),
+        (args.past >= args.window and not args.causal or args.after and not args.past,
+         f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
+        (args.actions and not args.causal or args.causal and args.backbone == "dim",
+         "--actions need --causal, and that needs --backbone unet"),
+        (args.guidance != 1 and not (args.class_cond and args.cond_drop),
+         f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")]:
+        if wrong:
+            raise ValueError(told)
+    args.out, args.cache = str(out), str(folder.resolve().parent / "cache")
     return args, checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Curves of runs side by side: loss, loss by noise level, norm of the gradient, and speed.
+"""Curves of runs side by side: loss, norm of the gradient, learning rate, and speed.
 
     python assets/plot.py runs/maze runs/maze-2 --out curves.png
 
@@ -18,16 +18,13 @@ try:
 except ImportError:
     sys.exit("plot.py draws with matplotlib: pip install matplotlib")
 
-LEVELS = ("least noise", "-"), ("second quarter", "--"), ("third quarter", "-."), ("most noise", ":")
-
 
 def read_log(run):
     """Lines of a run's log, but for one that a kill left half-written.    -> list of dict"""
     lines = []
     for line in Path(run, "log.jsonl").read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            line = json.loads(line)
-            lines.append(line | {"loss_by_noise": line["loss_by_noise"] or [None] * 4})
+            lines.append(json.loads(line))
     return lines or sys.exit(f"plot.py: {run} has logged no step yet: wait for it, or leave it out")
 
 
@@ -46,18 +43,12 @@ def main():
     logs = [read_log(run) for run in args.runs]
     pyplot.switch_backend("agg")  # no window
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for axis, key in zip(axes.flat, ("loss", "loss_by_noise", "grad_norm", "videos_per_second")):
+    for axis, key in zip(axes.flat, ("loss", "grad_norm", "lr", "videos_per_second")):
         for i, (run, log) in enumerate(zip(args.runs, logs)):
             steps, values = [line["step"] for line in log], np.array([line[key] for line in log], float)
-            if key == "loss_by_noise":
-                curves = [(values[:, k], *LEVELS[k]) for k in range(4)]
-            else:
-                curves = [(values, run, "-")]
-                axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.7)
-            for curve, name, style in curves:  # the levels are named once, for all runs
-                label = name if i == 0 or name == run else None
-                axis.plot(steps, smooth(curve, 1 + len(log) // 50), style, color=f"C{i}", label=label)
-        axis.set(title=key, xlabel="step", yscale="linear" if key == "videos_per_second" else "log")
+            axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.7)
+            axis.plot(steps, smooth(values, 1 + len(log) // 50), color=f"C{i}", label=run)
+        axis.set(title=key, xlabel="step", yscale="log" if key in ("loss", "grad_norm") else "linear")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     out = args.out or Path(args.runs[0], "curves.png")

@@ -70,29 +70,23 @@ def test_a_stride_is_kept_in_the_maze_too():
 # ---- Formats
 
 
-@pytest.mark.parametrize("kind", ["mp4", "gif", "npz", "pt", "images", "grey", "many", "one file"])
+WRITERS = {  # what a file or folder is made of, from a video of 6 frames
+    "mp4": lambda path, x: iio.imwrite(path, x.repeat(2, 1).repeat(2, 2), fps=10, plugin="pyav", codec="libx264"),
+    "gif": iio.imwrite, "npy": np.save, "npz": lambda path, x: np.savez(path, video=x),
+    "pt": lambda path, x: torch.save(torch.from_numpy(x), path), "grey.npy": lambda path, x: np.save(path, x[..., 0]),
+    "many.npy": lambda path, x: np.save(path, [x, 255 - x]),
+    "images": lambda path, x: (path.mkdir(), [iio.imwrite(path / f"{k}.png", frame) for k, frame in enumerate(x)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_of_video_is_read(tmp_path, kind):
-    folder, rng = tmp_path / "v", np.random.default_rng(0)
-    folder.mkdir()
-    video = rng.integers(0, 256, (6, 16, 20, 3), dtype=np.uint8)
-    path = folder / "a.npy" if kind == "one file" else folder
-    if kind == "mp4":
-        iio.imwrite(folder / "a.mp4", video.repeat(2, 1).repeat(2, 2), fps=10, plugin="pyav", codec="libx264")
-    elif kind == "gif":
-        iio.imwrite(folder / "a.gif", video)
-    elif kind == "npz":
-        np.savez(folder / "a.npz", video=video)
-    elif kind == "pt":
-        torch.save(torch.from_numpy(video), folder / "a.pt")
-    elif kind == "images":
-        (folder / "clip").mkdir()
-        for i, frame in enumerate(video):
-            iio.imwrite(folder / "clip" / f"{i:03d}.png", frame)
-    else:
-        np.save(folder / "a.npy", {"grey": video[..., 0], "many": np.stack([video, 255 - video])}.get(kind, video))
-    data = videos_of(path, "--frames", 6)
-    assert len(data) == (2 if kind == "many" else 1) and data[0][0].shape == (3, 6, 8, 8)
-    if kind in ("npz", "pt", "one file", "images", "many"):
+    (tmp_path / "v").mkdir()
+    video = np.random.default_rng(0).integers(0, 256, (6, 16, 20, 3), dtype=np.uint8)
+    WRITERS[kind](tmp_path / "v" / f"a.{kind}", video)
+    data = videos_of(tmp_path / "v" / ("a.npy" if kind == "npy" else ""), "--frames", 6)
+    assert len(data) == (2 if kind == "many.npy" else 1) and data[0][0].shape == (3, 6, 8, 8)
+    if kind in ("npy", "npz", "pt", "images", "many.npy"):
         exact = [np.stack([train.resize(frame, 8) for frame in v]) for v in (video, 255 - video)]
         found = [data[i][0] for i in range(len(data))]
         assert all(any(torch.equal(x, train.to_model_range(y)) for y in exact) for x in found)
@@ -200,7 +194,7 @@ def test_unreadable_files_are_skipped_and_named_every_time(tmp_path, capsys):
     for out in ("run", "again"):
         run(*DIM, "--data", folder, "--steps", 1, "--out", out)
         told = capsys.readouterr().out
-        assert "2 videos" in told and "1 shorter than 3" in told and re.search("skipped .*broken.mp4: ", told)
+        assert "2 of 3 videos" in told and "have 3 frames" in told and re.search("skipped .*broken.mp4: ", told)
 
 
 # ---- The papers' data sets: tiny ones of their layouts

@@ -83,10 +83,3 @@ def test_torchrun_draws_the_samples_that_one_process_draws():
     assert process.wait(100) == 0, told()
     one, two = (np.load(pathlib.Path(out, "fake.npz"))["videos"].astype(int) for out in ("one", "two"))
     assert one.shape == two.shape and abs(one - two).max() <= 1
-
-
-@pytest.mark.parametrize("device", ["cuda:1", "mps"])
-def test_a_single_device_cannot_be_shared(monkeypatch, device):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="give cuda or cpu"):
-        run("--device", device)

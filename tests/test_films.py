@@ -7,11 +7,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from runs import UNET, again, ends, log, own_place, refuses, run, start, steps_of, wait_for, write_videos  # noqa: F401
+from runs import UNET, again, ends, log, own_place, refuses, run, start, steps_of, wait_for  # noqa: F401
+from runs import write_videos
 
 import train
 
 CAUSAL = [*UNET, "--causal"]
+KINDS = {"whole": ["--no-frame-noise"], "levels": ["--frame-noise"], "causal": ["--causal"],
+         "acting": ["--causal", "--actions", "--class-cond"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +23,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.signal, "signal", lambda *_: None)
-        for name, flags in (("whole", ["--no-frame-noise"]), ("levels", ["--frame-noise"]), ("causal", ["--causal"]),
-                            ("acting", ["--causal", "--actions", "--class-cond"])):  # fmt: skip
+        for name, flags in KINDS.items():
             run(*UNET, *flags, "--steps", 2, "--videos", 1, "--out", root / name)
     return root
 
@@ -41,22 +43,24 @@ def test_a_level_for_each_frame_is_drawn_from_the_items_own_seed():
 
 
 def test_a_causal_run_goes_on_exactly_where_it_was():
-    run(*CAUSAL, "--actions", "--steps", 6, "--save-every", 3, "--out", "whole")
-    again("--resume", "whole/checkpoint-000003.pt", "--steps", 6)
-    os.rename("whole", "resumed")
-    run(*CAUSAL, "--actions", "--steps", 6, "--save-every", 3, "--out", "whole")
-    assert log("whole") == log("resumed") and steps_of("whole") == [3, 6]
-    states = [torch.load(f"{out}/checkpoint-000006.pt", weights_only=True)["ema"] for out in ("whole", "resumed")]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    states = {}
+    for out in ("whole", "resumed"):
+        run(*CAUSAL, "--actions", "--steps", 6, "--save-every", 3, "--out", out)
+        if out == "resumed":
+            again("--resume", "resumed/checkpoint-000003.pt")
+        states[out] = torch.load(f"{out}/checkpoint-000006.pt", weights_only=True)["ema"]
+    assert log("whole") == log("resumed") and steps_of("resumed") == [3, 6]
+    assert all(torch.equal(states["whole"][key], states["resumed"][key]) for key in states["whole"])
 
 
 @pytest.mark.parametrize("name", ["levels", "causal"])
 def test_a_film_has_any_length_and_begins_as_a_shorter_one_of_its_seed(runs, name):
-    again("sample", runs / name, "--frames", 23, "--out", "long")
-    again("sample", runs / name, "--frames", 11, "--out", "short")
-    long, short = frames_of("long/film.mp4"), frames_of("short/film.mp4")
-    assert len(long) == 23 and len(short) == 11 and abs(long[:8].astype(int) - short[:8]).mean() < 3  # H.264
-    assert iio.imread("long/film.png").shape[1] > 16 * 64
+    for frames in (23, 11):
+        again("sample", runs / name, "--frames", frames, "--out", str(frames))
+    long, short = frames_of("23/film.mp4"), frames_of("11/film.mp4")
+    assert len(long) == 23 and len(short) == 11
+    assert abs(long[:8].astype(int) - short[:8]).mean() < 3  # H.264 is not exact
+    assert iio.imread("23/film.png").shape[1] > 16 * 64
 
 
 @pytest.mark.parametrize("name", ["levels", "causal"])
@@ -70,36 +74,34 @@ def test_a_film_goes_on_from_a_video(runs, name):
 
 def test_a_stream_that_is_stopped_leaves_a_film_that_can_be_read(runs):
     process = start("sample", runs / "causal", "--frames", 10**6, "--out", "film", "--device", "cpu")
-    wait_for(lambda: any(os.path.getsize(entry) > 2000 for entry in os.scandir("film")) if os.path.isdir("film")
-             else False, process)  # fmt: skip
+    sizes = lambda: [entry.stat().st_size for entry in os.scandir("film")] if os.path.isdir("film") else [0]
+    wait_for(lambda: max(sizes(), default=0) > 2000, process)
     os.kill(process.pid, signal.SIGINT)
     assert ends(process) == 0 and 1 < len(frames_of("film/film.mp4")) < 10**6
-    assert sorted(os.listdir("film")) == ["film.mp4", "film.png"]
+    assert sorted(os.listdir("film")) == ["film.gif", "film.mp4", "film.png"]
 
 
-def test_actions_are_the_turns_that_lead_to_each_frame(tmp_path):
-    flags = [*CAUSAL, "--actions", "--frames", "9"]
-    walk = train.MazeVideos(train.parse([*flags, "--seed", "3"])[0])[5]
-    seed = train.maze_seed("train", 3 * 2**32 + 5)
-    assert np.allclose(walk[2][:, 0], 10 * train.maze_turns(seed, 9))
-    sparse = train.MazeVideos(train.parse([*flags, "--seed", "3", "--stride", "2"])[0])[5]
-    angle = np.cumsum(train.maze_turns(seed, 17))[::2]
-    assert np.allclose(sparse[2][1:, 0], 10 * np.diff(angle), atol=1e-5) and sparse[2][0] == 0
+def test_actions_are_the_turns_that_lead_to_each_frame():
+    flags = [*CAUSAL, *"--actions --frames 9 --seed 3 --stride".split()]
+    items = [train.MazeVideos(train.parse([*flags, stride])[0])[5] for stride in "12"]
+    turns = 10 * train.maze_turns(train.maze_seed("train", 3 * 2**32 + 5), 17)
+    assert np.allclose(items[0][2][:, 0], turns[:9])
+    assert np.allclose(items[1][2][1:, 0], np.diff(turns.cumsum()[::2]), atol=1e-4) and items[1][2][0] == 0
 
 
 def test_actions_lie_beside_a_folders_videos_in_their_natural_order(tmp_path):
-    folder = write_videos(tmp_path / "data", count=3, frames=6)
-    actions = np.arange(3 * 6 * 2, dtype=np.float32).reshape(3, 6, 2)
+    folder, actions = write_videos(tmp_path / "data"), np.arange(36, dtype=np.float32).reshape(3, 6, 2)
     np.savez(folder / "actions.npz", actions=actions)
     run(*CAUSAL, "--actions", "--data", folder, "--steps", 2, "--out", "run")
-    data = train.FolderVideos(train.parse([*CAUSAL, "--actions", "--data", str(folder), "--out", "other"])[0])
-    for i in range(3):
-        video, _, told = data[i]
-        match = [(k, s) for k in range(3) for s in range(4) if np.allclose(told[1:], actions[k, s + 1 : s + 3])]
-        (k, s), = match
-        whole = train.FolderVideos(train.parse([*CAUSAL, "--frames", "6", "--data", str(folder), "--out", "o"])[0])
-        videos = [whole[j][0] for j in range(3)]
-        assert any(torch.equal(v[:, s : s + 3], video) for v in videos)
+    videos = lambda *flags: train.videos_of(train.parse([*CAUSAL, "--data", str(folder), *flags])[0])
+    data, whole = videos("--actions"), videos("--frames", "6")
+    pictures = sorted((whole[i][0] for i in range(3)), key=lambda x: np.argmax(
+        [(train.to_model_range(train.resize(np.load(folder / f"{k}.npy")[0], 8)[None]) == x[:, :1]).all()
+         for k in range(3)]))  # fmt: skip
+    for video, _, told in (data[i] for i in range(3)):
+        (k, first), = np.argwhere((actions[:, 1:5] == told[1].numpy()).all(-1))
+        assert np.allclose(told[1:], actions[k, first + 1 : first + 3])
+        assert torch.equal(pictures[k][:, first : first + 3], video)
     np.savez(folder / "actions.npz", actions=actions[:2])
     assert "3 videos" in refuses(*CAUSAL, "--actions", "--data", folder)
     os.remove(folder / "actions.npz")
@@ -116,10 +118,11 @@ def test_a_stream_follows_a_file_of_actions(runs):
 
 @pytest.mark.parametrize("name, flags, mend", [
     ("whole", ["--after", "given.npy"], "--frame-noise"), ("whole", ["--past", 2], "--frame-noise"),
-    ("levels", ["--past", 3], "--past 3"), ("levels", ["--after", "none.mp4"], "no such file"),
-    ("levels", ["--after", "short.npy", "--past", 2], "1 frames"), ("levels", ["--after", "text.mp4"], "text.mp4"),
-    ("causal", ["--actions", "turns.npy"], "without --actions"), ("acting", ["--actions", "given.npy"], r"(frames, 1)"),
-    ("acting", ["--actions", "none.npy"], "none.npy"),
+    ("levels", ["--past", 3], "--past 3"), ("levels", ["--after", "given.npy", "--past", 0], "--past 0"),
+    ("levels", ["--after", "none.mp4"], "no such file"), ("levels", ["--after", "text.mp4"], "text.mp4"),
+    ("levels", ["--after", "short.npy", "--past", 2], "1 frames"),
+    ("acting", ["--actions", "none.npy"], "none.npy"), ("acting", ["--actions", "given.npy"], "(frames, 1)"),
+    ("causal", ["--actions", "turns.npy"], "--actions"),
 ])  # fmt: skip
 def test_what_a_film_cannot_be_made_of_is_refused_in_one_sentence(runs, name, flags, mend):
     np.save("given.npy", np.zeros((5, 8, 8, 3), np.uint8))
@@ -132,7 +135,8 @@ def test_what_a_film_cannot_be_made_of_is_refused_in_one_sentence(runs, name, fl
 
 @pytest.mark.parametrize("flags, mend", [
     (["--causal", "--temporal", "bi-mamba"], "mamba"), (["--causal", "--temporal", "attention"], "mamba"),
-    (["--causal", "--backbone", "dim"], "unet"), (["--actions"], "--causal"), (["--after", "x.mp4"], "sample"),
+    (["--causal", "--backbone", "dim"], "unet"), (["--actions"], "--causal"),
+    (["--after", "x.mp4"], "sample"),
 ])  # fmt: skip
 def test_runs_that_cannot_be_are_refused_in_one_sentence(flags, mend):
     assert mend in refuses(*flags, "--steps", 1)

@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 
-from train import SPEED, VIEW, WALL, maze_grid, maze_render, maze_seed, maze_style
+from train import SPEED, VIEW, WALL, maze_render, maze_seed, maze_style
 from train import maze_turns, maze_video, maze_walk
 
 SEEDS = range(30)
@@ -43,7 +43,7 @@ def test_colours_tell_the_style_the_sky_and_the_floor():
 
 def test_every_room_is_reachable_and_none_is_a_dead_end():
     for seed in SEEDS:
-        wall = maze_grid(np.random.default_rng(seed))
+        wall = maze_walk(seed, 1)[0]
         assert wall[[0, -1]].all() and wall[:, [0, -1]].all()
         reached = np.arange(wall.size).reshape(wall.shape) == len(wall) + 1  # cell (1, 1)
         beside = lambda cells: np.stack([np.roll(cells, shift, axis) for shift in (1, -1) for axis in (0, 1)])

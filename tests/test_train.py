@@ -76,12 +76,14 @@ def test_a_run_writes_sheets_gifs_and_mp4s_and_samples_without_its_data_into_fol
 
 def test_an_mp4_has_every_frame_of_a_still_and_of_odd_sides_and_a_sheet_a_row_per_video(tmp_path):
     for fps in (0.5, 60):
-        train.write_pictures(tmp_path / "a", np.full((3, 8, 9, 65, 3), 100, np.uint8), fps)
+        with train.film(tmp_path / "a.mp4", fps) as append:
+            append(np.full((3, 8, 9, 65, 3), 100, np.uint8))
         assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == 8
         assert iio.immeta(tmp_path / "a.mp4", plugin="pyav")["fps"] == fps
     videos = np.zeros((3, 5, 8, 8, 3), np.uint8)
     videos[1, 2] = 255
-    train.write_pictures(tmp_path / "a", videos, 8)
+    with train.film(tmp_path / "a.mp4", 8) as append:
+        append(videos)
     sheet = iio.imread(tmp_path / "a.png")
     assert sheet.shape == (3 * 68, 5 * 68, 3)
     assert (sheet[68:132, 136:200] == 255).all() and (sheet[:64, :64] == 0).all()
@@ -105,14 +107,10 @@ def test_real_videos_for_a_score_are_as_many_and_of_one_shape_and_held_out_if_th
         assert "more than there are" in refuses("sample", "run", "--real", 9)
 
 
-def test_the_log_tells_loss_by_noise_gradient_rate_and_speed():
+def test_the_log_tells_gradient_rate_and_speed():
     run(*DIM, "--steps", 5, "--warmup", 4, "--lr", 1e-3, "--batch", 3, "--out", "run")
     assert np.allclose(log("run", "lr"), [1e-3 * min(1, k / 4) for k in range(1, 6)])
     assert min(log("run", "grad_norm")) > 0 and min(log("run", "videos_per_second")) > 0
-    t = train.draw(range(3), (1,), train.parse(DIM)[0], "cpu")[0]
-    counts, means = [int((t // 64 == q).sum()) for q in range(4)], log("run", "loss_by_noise")[0]
-    assert [mean is not None for mean in means] == [count > 0 for count in counts]
-    assert abs(sum(n * mean for n, mean in zip(counts, means) if n) / 3 - log("run")[0]) < 1e-6
 
 
 def test_the_lines_in_the_readme_load_a_checkpoint_and_sample_by_hand(trained):
@@ -157,14 +155,6 @@ def test_a_run_killed_three_times_is_the_uninterrupted_one_bit_for_bit():
     assert not list(pathlib.Path("killed").rglob("*.part"))
 
 
-def test_samples_that_a_kill_left_out_are_drawn_by_resuming(trained):
-    sheet = pathlib.Path("run/samples/step-000006.png")
-    before = sheet.read_bytes()
-    sheet.unlink()
-    again("--resume", "run")
-    assert sheet.read_bytes() == before and log("run", "step") == [1, 2, 3, 4, 5, 6]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step_and_saves_it(number):
     process = start(*DIM, "--steps", 10**6, "--workers", 1, "--out", "run")
@@ -184,42 +174,33 @@ def test_a_second_signal_ends_the_run_at_once():
     assert ends(process) == -signal.SIGTERM and not steps_of("run") and not log("run")
 
 
-def test_going_back_to_a_checkpoint_sets_aside_what_came_later_as_often_as_one_likes(trained):
-    for _ in range(2):
-        again("--resume", "run/checkpoint-000004.pt", "--steps", 6)
-        assert log("run", "step") == [1, 2, 3, 4, 5, 6] and steps_of("run") == [4, 6]
-        assert os.path.exists("run/checkpoint-000006.pt.old") and os.path.exists("run/samples/step-000006.png.old")
+def test_going_back_sets_aside_what_came_later_and_resuming_draws_what_is_due(trained):
+    sheet = pathlib.Path("run/samples/step-000006.png")
+    before = sheet.read_bytes()
+    for place in ("run", "run/checkpoint-000004.pt", "run/checkpoint-000004.pt"):
+        sheet.unlink()
+        again("--resume", place)
+        assert sheet.read_bytes() == before and log("run", "step") == [1, 2, 3, 4, 5, 6]
+        assert steps_of("run") == [4, 6] and os.path.exists("run/checkpoint-000006.pt.old") == ("4" in place)
 
 
-def test_a_damaged_checkpoint_is_named_with_the_one_before_it(trained):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(trained):
     path = pathlib.Path("run/checkpoint-000006.pt")
-    content = path.read_bytes()
-    for damage in ("cut", "foreign", "link"):
-        path.unlink()
-        if damage == "cut":
-            path.write_bytes(content[:1000])
-        elif damage == "link":
-            path.symlink_to("nowhere")
-        else:
-            torch.save({"model": 1}, path)
+    for damage in (lambda: os.truncate(path, 1000), lambda: torch.save({"model": 1}, path),
+                   lambda: path.unlink() or path.symlink_to("nowhere")):  # fmt: skip
+        damage()
         for command in (["--resume", "run"], ["sample", "run"]):
-            told = refuses(*command)
-            assert str(path) in told and (damage == "link" or "run/checkpoint-000004.pt" in told)
+            assert str(path) in refuses(*command)
     again("--resume", "run/checkpoint-000004.pt", "--steps", 5)
     assert log("run", "step") == [1, 2, 3, 4, 5]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(tmp_path):
-    resource = pytest.importorskip("resource")
-    target, limits = tmp_path / "checkpoint.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    target = tmp_path / "checkpoint.pt"
     target.write_text("old")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
-    try:
-        with pytest.raises(OSError, match="checkpoint.pt cannot be written"):
-            with train.whole(target) as file:
-                file.write(bytes(10**6))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match="checkpoint.pt cannot be written"), train.whole(target) as file:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
@@ -287,15 +268,15 @@ def test_every_block_is_compiled_and_the_names_of_weights_stay(monkeypatch):
     again("--resume", "run", "--no-compile", "--steps", 2)
 
 
-@pytest.mark.parametrize("drop, hidden", [(0, 0), (1, 1), (0.3, 0.3)])
-def test_the_network_is_told_the_class_of_each_video_but_for_a_share(drop, hidden, monkeypatch):
+@pytest.mark.parametrize("drop", [0, 1, 0.3])
+def test_the_network_is_told_the_class_of_each_video_but_for_a_share(drop, monkeypatch):
     heard, losses = [], train.GaussianDiffusion.losses
     spy = lambda self, x, t, eps, cond, keep: heard.append((cond, keep)) or losses(self, x, t, eps, cond, keep)
     monkeypatch.setattr(train.GaussianDiffusion, "losses", spy)
     run(*DIM, "--batch", 64, "--frames", 1, "--class-cond", "--cond-drop", drop, "--steps", 3, "--out", "run")
     cond, keep = map(torch.cat, zip(*heard))
     styles = [train.maze_style(train.maze_seed("train", i)) for i in range(len(cond))]
-    assert torch.equal(cond, torch.eye(3)[styles]) and abs(1 - keep.float().mean() - hidden) < 0.1
+    assert torch.equal(cond, torch.eye(3)[styles]) and abs(1 - keep.float().mean() - drop) < 0.1
 
 
 def test_classes_are_drawn_in_turn_or_one_alone_and_guided(trained):
@@ -328,16 +309,15 @@ WRONG = [  # command line, what the sentence names
     ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--steps many", "--steps"), ("--ema 2", "--ema"),
     ("--dim-mults 1,x", "--dim-mults"), ("--temporal rnn", "bi-mamba"), ("--rec", "--rec"), ("--seed -1", "--seed"),
     ("--size 9", "multiple of"), ("--width 20", "multiple of 8"), ("--device quantum", "--device quantum"),
-    ("--device meta", "--device meta"), ("--diffusion-steps 10 --sample-steps 11", "10 of --diffusion-steps"),
-    ("--sampler dpm --eta 1", "--eta"), ("--guidance 2", "--class-cond"), ("--class bricks", "--class bricks"),
+    ("--device meta", "--device meta"), ("--guidance 2", "--class-cond"), ("--class bricks", "--class bricks"),
     ("--class-cond --cond-drop 0 --guidance 2", "--cond-drop"), ("--data nowhere", "nowhere"),
     ("--data empty", "no video"), ("--data bad", "x.mp4"), ("--data videos --frames 7", "at most 6"),
     ("--data videos --stride 3", "at most 6"), ("--data videos --split test", "--split test"),
-    ("--data videos --out videos/run", "lies in --data"), ("--data videos --class-cond", "two classes"),
+    ("--data videos --out videos/run", "lies in --data"),
     ("--resume nowhere", "nowhere"), ("--resume empty", "empty"), ("--resume run --out other", "--out"),
-    ("--resume run --lr 0.5", "--lr"), ("--resume run --width 32", "--width"), ("--resume run --steps 1", "--steps 1"),
+    ("--resume run --lr 0.5", "--lr"), ("--resume run --width 32", "--width"),
     ("--out run", "--resume run"), ("sample", "sample RUN"), ("sample run --width 32", "--width"),
-    ("sample run --out run", "not empty"), ("--real 3", "sample RUN"), ("sample run --size 9", "multiple of"),
+    ("sample run --out run", "run exists"), ("--real 3", "sample RUN"), ("sample run --size 9", "multiple of"),
 ]  # fmt: skip
 
 
