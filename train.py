@@ -15,7 +15,19 @@ Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampli
 Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
 (EMA) and the learning rate warm up, gradients are clipped, sizes fit the device."""
 
-import argparse, contextlib, hashlib, itertools, json, math, os, re, signal, sys, tempfile, time, traceback
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import vdm_ssm
-from fvd import UnreadableVideo, find_videos, load_array, naming, natural, open_videos, read_frames
+from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
 from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
 
 # -----------------------------------------------------------------------------
@@ -404,7 +416,7 @@ def film(path, fps):
 def checkpoints(folder):
     """The checkpoints in a folder, by their steps.    -> list of Path, the newest last"""
     paths = (path for path in Path(folder).glob("checkpoint-*.pt") if path.stem[11:].isdecimal())
-    return sorted(paths, key=natural)
+    return sorted(paths, key=lambda path: int(path.stem[11:]))
 
 
 def load_checkpoint(run):
@@ -654,7 +666,7 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
     first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
     how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance,
-               steps=min(args.sample_steps, args.diffusion_steps))
+               steps=args.sample_steps)
     turn = [args.label] if args.label else args.classes  # all in turn
     labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
     told = conditions(labels, None if actions is None else np.stack([actions] * len(rngs)), args, device)
@@ -789,7 +801,7 @@ def add_learned(parser):
     add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
     add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
-    add("--frames", type=COUNT, default=16 if GPU else 8, help="frames per video")
+    add("--frames", type=COUNT, default=16, help="frames per video")
     add("--stride", type=COUNT, default=1, metavar="K", help="take every K-th frame of a video")
     add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
@@ -800,7 +812,8 @@ def add_learned(parser):
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
-    add("--frame-noise", action=SWITCH, default=False, help="a noise level for each frame: videos can go on")
+    add("--frame-noise", action=SWITCH, default=True, help="a noise level for each frame: sharper walls, and "
+        "videos can go on. The papers have one for each video")
     add("--causal", action=SWITCH, default=False, help="unet: no frame sees those after it, and samples are "
         "streams. Implies --frame-noise, --temporal mamba and, on a CPU, long clips one by one")
     add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
@@ -824,7 +837,7 @@ def add_free(parser):
     add = parser.add_argument_group("length, speed, saving and drawing").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
     add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
-    add("--batch", type=COUNT, default=16 if GPU else 4, help="videos per process and pass, or drawn at once")
+    add("--batch", type=COUNT, default=16 if GPU else 2, help="videos per process and pass, or drawn at once")
     add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     bf16 = GPU and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--amp", action=SWITCH, default=bf16, help="matrix products and convolutions in bfloat16")
@@ -882,8 +895,10 @@ def parse(argv):
          f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
-        (args.guidance != 1 and not (args.class_cond and args.cond_drop),
-         f"--guidance {args.guidance} needs a run with --class-cond and --cond-drop above 0")]:
+        (args.sampler == "dpm" and args.eta or args.sample_steps > args.diffusion_steps,
+         "--sampler dpm takes no --eta, and --sample-steps are at most --diffusion-steps"),
+        (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
+         f"--guidance {args.guidance} needs a run with --class-cond or --actions, and --cond-drop above 0")]:
         if wrong:
             raise ValueError(told)
     args.out, args.cache = str(out), str(folder.resolve().parent / "cache")

@@ -468,7 +468,7 @@ class Condition(nn.Module):
     cond is any vector (b, cond_dim), one-hot for a class, or (b, f, cond_dim), one for each frame. It is
     appended, as in [1]. `added`: two linear layers turn it into d numbers, which are added instead: a few
     numbers, as an action's, would be lost beside many. A learned null vector [13] takes the place of what
-    would join where keep (b) is False, and everywhere without a cond. Without a cond_dim emb stays as it is."""
+    would join where keep (b) is False, and everywhere without a cond. cond_dim None: emb stays as it is."""
 
     def __init__(self, d, cond_dim=None, added=False):
         super().__init__()
