@@ -836,7 +836,7 @@ def add_free(parser):
     """Options that may change when a run goes on."""
     add = parser.add_argument_group("length, speed, saving and drawing").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
-    add("--steps", type=COUNT, default=20_000 if GPU else 500, help="optimiser steps in all")
+    add("--steps", type=COUNT, default=20_000 if GPU else 600, help="optimiser steps in all")
     add("--batch", type=COUNT, default=16 if GPU else 2, help="videos per process and pass, or drawn at once")
     add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     bf16 = GPU and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -845,7 +845,7 @@ def add_free(parser):
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
     add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
     add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
-    add("--sample-every", type=COUNT, default=2000 if GPU else 500, help="steps from sample to sample")
+    add("--sample-every", type=COUNT, default=2000 if GPU else 600, help="steps from sample to sample")
     add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, help="videos drawn")
     add("--sampler", choices=("ddim", "dpm"), default="ddim", help="dpm: DPM-Solver++ of second order")
     add("--sample-steps", type=COUNT, default=50, help="denoising steps, at most --diffusion-steps")
@@ -864,7 +864,7 @@ def parse(argv):
         add(parser)
         names.append(vars(parser.parse_args([])).keys())
     if "--causal" in argv:
-        longer = {} if GPU else dict(frames=32, batch=1, steps=1200, sample_every=1200, sample_videos=1)
+        longer = {} if GPU else dict(batch=1, frames=32, steps=1000, sample_every=1000, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
     args, checkpoint = parser.parse_args(argv), None
     args.window = args.frames
