@@ -17,6 +17,7 @@ Differs from the papers: the network predicts v, samples take 50 steps of DDIM, 
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -912,6 +913,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # imageio collects garbage after every film: without what was imported it takes no time
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not
     try:

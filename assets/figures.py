@@ -68,21 +68,20 @@ def method():
 
 
 def memory():
-    """Bytes of a training step against the number of frames, and where seconds are known those."""
+    """Bytes of a training step against the number of frames, in all and for each frame."""
     found = results("memory")
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(3, 2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
     names = dict.fromkeys(key.split()[1] for key in found if key.startswith("bytes "))
+    names.pop("attention", None)  # whose bias is learned: a CPU counts the same for it
     for name, colour in zip(names, plt.get_cmap("tab10").colors):
         style = dict(color=colour, marker="." if "+" in name else "o", linestyle="--" if "+" in name else "-", ms=4)
         points = [(int(key.split()[2]), value / 2**30) for key, value in found.items()
                   if key.startswith(f"bytes {name} ")]  # fmt: skip
         axes[0].loglog(*zip(*points), label=name, **style)
-        timed = [(int(key.split()[1]), value[name]) for key, value in found.items()
-                 if key.startswith("seconds ") and name in value]  # fmt: skip
-        if timed:
-            axes[1].loglog(*zip(*timed), **style)
-    axes[0].set(xlabel="frames", ylabel="peak of a training step, GiB")
-    axes[1].set(xlabel="frames", ylabel="seconds of a training step")
+        one = [(f, 1024 * gib / f) for f, gib in points]
+        axes[1].semilogx(*zip(*one), **style)
+    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step")
+    axes[1].set(xlabel="frames", ylabel="MiB for each frame", ylim=(0, None))
     axes[0].legend(fontsize=7, frameon=False)
     save(figure, "memory.png")
 

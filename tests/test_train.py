@@ -119,7 +119,13 @@ def test_the_lines_in_the_readme_load_a_checkpoint_and_sample_by_hand(trained):
     shutil.copy("run/checkpoint-000006.pt", re.search('load."(.*?)"', lines)[1])
     space = {}
     exec(lines, space)
-    assert space["videos"].shape == (2, 3, 8, 16, 16) and space["videos"].abs().max() <= 1
+    assert space["videos"].shape == (2, 3, 16, 16, 16) and space["videos"].abs().max() <= 1
+
+
+def test_the_commands_of_the_readme_that_train_are_understood():
+    found = re.findall(r"^    (?:torchrun .*|python )train\.py(.*)$", (ROOT / "README.md").read_text(), re.M)
+    commands = [line.split() for line in found if "sample" not in line and "--resume" not in line]
+    assert len(commands) > 6 and all(train.parse(argv)[0].steps for argv in commands)
 
 
 # ---- A run is the same however it is cut up
