@@ -3,6 +3,7 @@
     memory      a training step of the 14.1M U-Net against the number of frames: bytes and seconds
     streams     5,000 frames of a causal run, and 64 streams: drift, style, distance from real walks, time
     actions     how well streams of a run with --actions follow the turns they are told
+    frames      pictures for the README: walks, samples of runs/maze, a stream of RUN
 
 Each study writes assets/results/NAME.json, row by row: one that was stopped goes on where it was. Bytes are
 counted from tensors, the same on every machine; seconds want a quiet one. figures.py draws the files."""
@@ -63,7 +64,8 @@ def memory(results, run):
         results.row(f"bytes with data {variant} 16", lambda: bench.step_bytes(variant, 16))
     for f in FRAMES:
         before = results.get(f"seconds {f // 2}", {})  # the last row shows what would take a minute
-        short = [v for v in VARIANTS if before.get(v, 99 if before else 0) < 20 and results[f"bytes {v} {f}"] < 12e9]
+        quick = lambda v: before.get(v, 99 if before else 0) < 20 and results[f"bytes {v} {f}"] < 12e9
+        short = [variant for variant in VARIANTS if quick(variant)]
         calls = lambda: {variant: bench.training_step(variant, f) for variant in short}
         rows = lambda: {v: float(np.median(r["seconds"])) for v, r in bench.time_in_turns(calls(), 3).items()}
         results.row(f"seconds {f}", rows)
@@ -96,16 +98,21 @@ def walks(first, count, frames, size):
     return np.stack([train.maze_video(seed, frames, size) for seed in seeds])
 
 
-def streams_of(run, count, seed, cond=None, steps=5):
-    """Frames of streams side by side.    -> yields uint8 (count, size, size, 3)"""
+def diffusion_of(run):
+    """-> the diffusion of a run's averaged weights, the size of its frames, its steps"""
     checkpoint = train.load_checkpoint(run)
     net = getattr(vdm_ssm, checkpoint["network"])(**checkpoint["network_args"]).requires_grad_(False)
     net.load_state_dict(checkpoint["ema"])
     net.to(memory_format=torch.channels_last)
     diffusion = vdm_ssm.GaussianDiffusion(net, **checkpoint["diffusion_args"])
-    generator, size = torch.Generator().manual_seed(seed), checkpoint["args"]["size"]
+    return diffusion, checkpoint["args"]["size"], checkpoint["step"]
+
+
+def streams_of(run, count, seed, cond=None, **how):
+    """Frames of streams side by side.    -> yields uint8 (count, size, size, 3)"""
+    (diffusion, size, _), generator = diffusion_of(run), torch.Generator().manual_seed(seed)
     noise = lambda: torch.randn(count, 3, 1, size, size, generator=generator)
-    for x in vdm_ssm.stream(diffusion, noise, cond=cond, steps=steps):
+    for x in vdm_ssm.stream(diffusion, noise, cond=cond, **how):
         yield train.to_pixels(x)[:, 0].numpy()
 
 
@@ -132,7 +139,7 @@ def one_long_stream(run, total=5000):
                 mib_at_100=peaks[0], mib_at_end=peaks[1])  # fmt: skip
 
 
-def many_streams(run, count=64, frames=256):
+def many_streams(run, count=64, frames=96):
     """-> share of streams with the style of frame 8 at each later one, FD-random of first and last frames"""
     videos = np.stack([*itertools.islice(streams_of(run, count, 1), frames)], axis=1)  # (count, f, h, w, 3)
     real, style, net = walks(0, 2 * count, 16, videos.shape[2]), style_of(videos), fvd.random_i3d()
@@ -183,11 +190,12 @@ def regressor(steps=1500):
     return net, float(np.corrcoef(net(x)[:, 0].detach(), turn)[0, 1])
 
 
-def follow(run, net, count=8, frames=200):
+def follow(run, net, guidance, count=8, frames=200):
     """-> correlation of commanded and seen turns, of each stream and of all"""
     seeds = [train.maze_seed("test", 5000 + i) for i in range(count)]
     turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))  # (count, frames)
-    videos = np.stack([*streams_of(run, count, 2, cond=(10 * turns)[..., None].unbind(1))], axis=1)
+    told = (10 * turns)[..., None].unbind(1)
+    videos = np.stack([*streams_of(run, count, 2, cond=told, guidance=guidance)], axis=1)
     x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     seen = net(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)).detach().view(count, -1)
     told, correlation = turns[:, 1:], lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
@@ -197,13 +205,27 @@ def follow(run, net, count=8, frames=200):
 def actions(results, run):
     net, real = regressor()
     results.row("regressor on real walks", lambda: real)
-    results.row("8 streams of 200 frames", lambda: follow(run, net))
+    for guidance in (1, 2):
+        results.row(f"8 streams of 200 frames, guidance {guidance}", lambda: follow(run, net, guidance))
+
+
+# ---- Pictures
+
+
+def frames(results, run, count=4, length=32):
+    diffusion, size, steps = diffusion_of("runs/maze")
+    noise = torch.randn(count, 3, length, size, size, generator=torch.Generator().manual_seed(0))
+    samples = train.to_pixels(diffusion.sample(noise, 50)).numpy()
+    stream = np.stack([*itertools.islice(streams_of(run, count, 3), 200 + length)][200:], axis=1)
+    captions = ["data", f"samples, {steps} steps", f"streams from frame 200, {diffusion_of(run)[2]} steps"]
+    np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, size), samples=samples,
+                        stream=stream, captions=captions)  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=("memory", "streams", "actions"))
+    parser.add_argument("name", choices=("memory", "streams", "actions", "frames"))
     parser.add_argument("--run", default="runs/maze", help="a causal run, for streams and actions")
     options = parser.parse_args()
     globals()[options.name](Results(options.name), options.run)
