@@ -216,8 +216,8 @@ def frames(results, run, count=4, length=32):
     diffusion, size, steps = diffusion_of("runs/maze")
     noise = torch.randn(count, 3, length, size, size, generator=torch.Generator().manual_seed(0))
     samples = train.to_pixels(diffusion.sample(noise, 50)).numpy()
-    stream = np.stack([*itertools.islice(streams_of(run, count, 3), 200 + length)][200:], axis=1)
-    captions = ["data", f"samples, {steps} steps", f"streams from frame 200, {diffusion_of(run)[2]} steps"]
+    stream = np.stack([*itertools.islice(streams_of(run, count, 3), 100 + length)][100:], axis=1)
+    captions = ["data", f"samples, {steps} steps", f"streams from frame 100, {diffusion_of(run)[2]} steps"]
     np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, size), samples=samples,
                         stream=stream, captions=captions)  # fmt: skip
 
