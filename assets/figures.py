@@ -31,13 +31,13 @@ def method():
     axis.axis("off")
 
     def box(x, y, text, colour="#e8eef7", width=15, height=5):
-        axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=colour, edgecolor="#345", linewidth=0.8))
+        axis.add_patch(plt.Rectangle((x, y), width, height, facecolor=colour, edgecolor="#345"))
         axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
 
     def arrow(*points):
         for a, b in zip(points, points[1:-1]):
             axis.plot(*zip(a, b), color="#345", linewidth=0.9)
-        axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="->", color="#345", linewidth=0.9))
+        axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="->", color="#345"))
 
     level = ["5  ResBlock, twice\n(b c f h w), step t", "5  attention over space\n(b f) (h w) c",
              "4  temporal layer\n(b h w) f c", "5  half height, width\n(b c' f h/2 w/2)"]  # fmt: skip
@@ -49,9 +49,9 @@ def method():
     axis.text(31, 33, "4  the temporal layer bi-mamba: a pixel's frames, both ways", weight="bold")
     arrow((23, 13.5), (31, 13.5))
     box(31, 11, "in_proj", width=8)
-    for y, way, name in ((21, "frame by frame, forward", "2  S6"), (11, "the same on reversed frames", "2  S6")):
+    for y, way in ((21, "frame by frame, forward"), (11, "the same on reversed frames")):
         box(46, y, "convolution, SiLU", width=15)
-        box(65, y, name, "#f7e6c8", width=8)
+        box(65, y, "2  S6", "#f7e6c8", width=8)
         arrow((39, 13.5), (42.5, 13.5), (42.5, y + 2.5), (46, y + 2.5))
         arrow((61, y + 2.5), (65, y + 2.5))
         axis.text(46, y + 5.6, way, fontsize=7, color="#555")
@@ -74,7 +74,7 @@ def memory():
     names = dict.fromkeys(key.split()[1] for key in found if key.startswith("bytes "))
     names.pop("attention", None)  # whose bias is learned: a CPU counts the same for it
     for name, colour in zip(names, plt.get_cmap("tab10").colors):
-        style = dict(color=colour, marker="." if "+" in name else "o", linestyle="--" if "+" in name else "-", ms=4)
+        style = dict(color=colour, marker="o", linestyle="--" if "+" in name else "-", ms=3)
         points = [(int(key.split()[2]), value / 2**30) for key, value in found.items()
                   if key.startswith(f"bytes {name} ")]  # fmt: skip
         axes[0].loglog(*zip(*points), label=name, **style)
@@ -87,15 +87,14 @@ def memory():
 
 
 def stream():
-    """A stream of 5,000 frames: pixels and style against time."""
-    one, many = results("streams")["one stream of 5,000 frames"], results("streams")["64 streams"]
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 2.8))
-    for values, real, name in zip(zip(*one["look"]), one["real"], ("mean", "spread", "edges")):
-        axes[0].plot(100 * np.arange(1, len(values) + 1), np.array(values) / real, label=name)
-    axes[0].set(xlabel="frame", ylabel="stream / real walks", ylim=(0.8, 1.2), title="pixels, of 100 frames each")
-    axes[0].legend(frameon=False)
-    axes[1].plot(many["style_kept"])
-    axes[1].set(xlabel="frame", ylim=(0, 1.05), title=f"{many['count']} streams: share with the style of frame 8")
+    """A stream of 5,000 frames: how its pixels look against time, beside real walks."""
+    one = results("streams")["one stream of 5,000 frames"]
+    figure, axis = plt.subplots(figsize=(9.5, 2.2))
+    names = "mean", "spread", "contrast of neighbours"
+    for values, real, name in zip(zip(*one["look"]), one["real"], names):
+        axis.plot(100 * np.arange(1, len(values) + 1), np.array(values) / real, label=name)
+    axis.set(xlabel="frame", ylabel="stream / real walks", ylim=(0.7, 1.1))
+    axis.legend(frameon=False, ncols=3, loc="upper right", fontsize=8)
     save(figure, "stream.png")
 
 
