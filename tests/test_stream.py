@@ -167,3 +167,11 @@ def test_a_stream_follows_the_conditions_of_its_frames():
     changed[:, 4] += 1
     one, two = run(conds.unbind(1)), run(changed.unbind(1))
     assert one.shape[2] == 6 and torch.equal(one[:, :, :4], two[:, :, :4]) and not torch.equal(one, two)
+
+
+def test_every_pass_over_a_frame_is_told_its_condition_also_the_one_that_is_remembered():
+    told = []
+    model = lambda x, t, cond=None, states=None: told.append(cond.item()) or torch.zeros_like(x)
+    conds = torch.arange(3.0).view(3, 1, 1).unbind()  # three of (b, cond_dim)
+    d, draw = GaussianDiffusion(model), lambda: torch.randn(1, 3, 1, 4, 4)
+    assert len([*stream(d, draw, cond=conds, steps=2)]) == 3 and told == [0, 0, 0, 1, 1, 1, 2, 2, 2]
