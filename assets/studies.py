@@ -1,6 +1,9 @@
 """What the papers claim, and what streams do, measured.    python assets/studies.py NAME [--run RUN]
 
     memory      a training step of the 14.1M U-Net against the number of frames: bytes and seconds
+    quality     of temporal layers that fill the same memory, of one way and two, of blocks around the core:
+                held-out loss and FD-random of runs of equal time, with clips of --frames frames
+    distance    how long samples far longer than the clips of training keep the style of their walls
     streams     5,000 frames of a causal run, and 64 streams: drift, style, distance from real walks, time
     actions     how well streams of a run with --actions follow the turns they are told
     frames      pictures for the README: walks, samples of runs/maze, a stream of RUN
@@ -56,7 +59,7 @@ class Results(dict):
 # ---- Memory and time against frames
 
 
-def memory(results, run):
+def memory(results, options):
     for f in FRAMES:
         for variant in VARIANTS:
             results.row(f"bytes {variant} {f}", lambda: bench.step_bytes(variant, f, fake=True))
@@ -116,6 +119,98 @@ def streams_of(run, count, seed, cond=None, **how):
         yield train.to_pixels(x)[:, 0].numpy()
 
 
+# ---- Quality at equal memory
+
+SECONDS = 240  # of one core, for each run
+HELD_OUT, SCORED = {16: 64, 64: 32}, {16: 64, 64: 32}  # walks for the loss, videos for FD-random, by frames
+LAYERS = "bi-mamba", "attention", "bi-s4d", "linear-attention", "mamba", "s4d"
+BLOCKS = "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated", "bi-s4d-mamba", "bi-s6-glu", "bi-s6-mlp", "bi-s6-gated"
+
+
+def network(layer, frames, dim, seed=0):
+    """A run's arguments, and its network. A step of training sees 32 frames or one clip."""
+    told = dict(temporal=layer, frames=frames, batch=max(1, 32 // frames), dim=dim, seed=seed)
+    args = train.parse([f"--{key}={value}" for key, value in told.items()])[0]
+    args.channels, args.classes, args.action_dim = 3, [], 0
+    torch.manual_seed(seed)
+    return args, train.build(args)[2]
+
+
+def width(layer, frames, dim=32):
+    """The width at which a step takes about as much memory as bi-mamba's.    -> dim, MiB, bi-mamba's MiB"""
+    def count(layer, dim):
+        with bench.FakeTensorMode():
+            args, net = network(layer, frames, dim)
+            x = torch.empty(args.batch, 3, frames, args.size, args.size)
+            return bench.peak_bytes(lambda: vdm_ssm.GaussianDiffusion(net).loss(x).backward()) / 2**20
+
+    wanted, counts = count("bi-mamba", dim), {d: count(layer, d) for d in (16, 24, 32, 40)}
+    best = min(counts, key=lambda d: abs(counts[d] - wanted))
+    return best, counts[best], wanted
+
+
+def learn(layer, frames, dim, seed):
+    """Train for a fixed time at a constant rate.    -> the average of the weights, [[step, s, held-out loss]]"""
+    args, net = network(layer, frames, dim, seed)
+    mix = lambda old, new, k: train.get_ema_multi_avg_fn(min(args.ema, (1 + k) / (10 + k)))(old, new, k)
+    average = train.AveragedModel(net, multi_avg_fn=mix)
+    optimizer, data = torch.optim.Adam(net.parameters(), args.lr, fused=True), train.videos_of(args)
+    diffusion, averaged = (vdm_ssm.GaussianDiffusion(m, args.diffusion_steps, "v") for m in (net, average.module))
+    held = real_clips(0, HELD_OUT[frames], frames).split(args.batch)
+    readings, spent, step = [], 0.0, 0
+    while spent < SECONDS:
+        began, step = time.process_time(), step + 1
+        items = range((step - 1) * args.batch, step * args.batch)
+        x0 = torch.stack([data[i][0] for i in items])
+        t, eps, _ = train.draw(items, x0.shape[1:], args, "cpu")
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup)
+        diffusion.loss(x0, t, eps).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(net)
+        spent += time.process_time() - began
+        if step in (100, 200, 400, 800) or spent >= SECONDS:
+            with torch.no_grad():
+                torch.manual_seed(1)  # the same levels and noise for all
+                losses = [averaged.loss(x, torch.randint(args.diffusion_steps, (len(x), frames))) for x in held]
+            readings.append([step, round(spent, 1), torch.stack(losses).mean().item()])
+    return averaged, readings
+
+
+def real_clips(first, count, frames, size=16):
+    """Real walks as a network sees them.    -> (count, 3, frames, size, size) in [-1, 1]"""
+    return torch.stack([train.to_model_range(video) for video in walks(first, count, frames, size)])
+
+
+def score(diffusion, features, frames):
+    """FD-random of samples, of their last 16 frames.    features: of as many held-out walks"""
+    torch.manual_seed(2)
+    noise = torch.randn(len(features), 3, frames, 16, 16).split(max(1, 64 // frames))
+    videos = torch.cat([diffusion.sample(x, 10, vdm_ssm.dpm_solver) for x in noise])
+    clips = train.to_pixels(videos[:, :, -16:])
+    return fvd.frechet_distance(features, fvd.video_features(clips, fvd.random_i3d()))
+
+
+def quality(results, options):
+    frames, count = options.frames, SCORED[options.frames]
+    torch.set_num_threads(1)  # so that time on a core is time, whatever else runs
+    features = lambda first: fvd.video_features(walks(first, count, frames, 16)[:, -16:], fvd.random_i3d())
+    real = features(1000)
+    results.row("FD-random of other walks", lambda: fvd.frechet_distance(real, features(2000)))
+    layers = [*itertools.product((0, 1), LAYERS), *((0, block) for block in BLOCKS if frames == 16)]
+    for seed, layer in layers:
+        both = layer if layer in LAYERS[:4] else "bi-mamba"  # one way has the parameters of two ways
+        dim, *mib = results.row(f"width {both}", lambda: width(both, frames))
+
+        def run():
+            diffusion, readings = learn(layer, frames, dim, seed)
+            row = dict(dim=dim, readings=readings, weights=sum(p.numel() for p in diffusion.model.parameters()))
+            return row | ({} if layer in BLOCKS else {"fd_random": score(diffusion, real, frames)})
+
+        results.row(f"{layer} seed {seed}", run)
+
+
 # ---- Streams
 
 
@@ -151,10 +246,10 @@ def many_streams(run, count=64, frames=96):
                 look_first=look(sets[2]), look_last=look(sets[3]), look_real=look(real))  # fmt: skip
 
 
-def streams(results, run):
+def streams(results, options):
     results.row("style of real walks is seen", lambda: real_styles())
-    results.row("one stream of 5,000 frames", lambda: one_long_stream(run))
-    results.row("64 streams", lambda: many_streams(run))
+    results.row("one stream of 5,000 frames", lambda: one_long_stream(options.run))
+    results.row("64 streams", lambda: many_streams(options.run))
 
 
 def real_styles(count=48):
@@ -202,17 +297,18 @@ def follow(run, net, guidance, count=8, frames=200):
     return dict(each=[correlation(*both) for both in zip(seen, told)], all=correlation(seen, told))
 
 
-def actions(results, run):
+def actions(results, options):
     net, real = regressor()
     results.row("regressor on real walks", lambda: real)
     for guidance in (1, 2):
-        results.row(f"8 streams of 200 frames, guidance {guidance}", lambda: follow(run, net, guidance))
+        results.row(f"8 streams of 200 frames, guidance {guidance}", lambda: follow(options.run, net, guidance))
 
 
 # ---- Pictures
 
 
-def frames(results, run, count=4, length=32):
+def frames(results, options, count=4, length=32):
+    run = options.run
     diffusion, size, steps = diffusion_of("runs/maze")
     noise = torch.randn(count, 3, length, size, size, generator=torch.Generator().manual_seed(0))
     samples = train.to_pixels(diffusion.sample(noise, 50)).numpy()
@@ -225,7 +321,9 @@ def frames(results, run, count=4, length=32):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=("memory", "streams", "actions", "frames"))
-    parser.add_argument("--run", default="runs/maze", help="a causal run, for streams and actions")
+    parser.add_argument("name", choices=("memory", "quality", "distance", "streams", "actions", "frames"))
+    parser.add_argument("--run", default="runs/causal", help="a causal run")
+    parser.add_argument("--frames", type=int, choices=(16, 64), default=16, help="of a clip, for quality")
     options = parser.parse_args()
-    globals()[options.name](Results(options.name), options.run)
+    file = f"quality-{options.frames}" if options.name == "quality" else options.name
+    globals()[options.name](Results(file), options)
