@@ -10,10 +10,7 @@
 A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ an MP4, a
 GIF and a sheet, a PNG with a row per video. Decoded videos are kept beside it, in cache/.
 
-Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line
-
-Differs from the papers: the network predicts v, samples take 50 steps of DDIM, the average of the weights
-(EMA) and the learning rate warm up, gradients are clipped, sizes fit the device."""
+Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line"""
 
 import argparse
 import contextlib
@@ -160,12 +157,10 @@ def maze_render(wall, position, gaze, style, size):
 
 def maze_video(seed, frames, size):
     """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
-    wall, position, gaze = maze_walk(seed, frames)
-    video = np.empty((frames, size, size, 3), np.uint8)
+    wall, *walk = maze_walk(seed, frames)
     chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
-    for part in (slice(k, k + chunk) for k in range(0, frames, chunk)):
-        video[part] = maze_render(wall, position[part], gaze[part], maze_style(seed), size)
-    return video
+    parts = ([x[k : k + chunk] for x in walk] for k in range(0, frames, chunk))
+    return np.concatenate([maze_render(wall, *part, maze_style(seed), size) for part in parts])
 
 
 # -----------------------------------------------------------------------------
@@ -414,6 +409,16 @@ def film(path, fps):
             iio.imwrite(png, tiled(cells, len(shown), gap=4), extension=".png")
 
 
+def show(path, videos, args):
+    """Write videos as an array, PATH.npz, and the first 16 as films, if they are no latents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path.with_suffix(".npz")) as file:
+        np.savez_compressed(file, videos=videos)
+    if not args.latents:
+        with film(path.with_suffix(".mp4"), args.fps) as append:
+            append(videos[:16])
+
+
 def checkpoints(folder):
     """The checkpoints in a folder, by their steps.    -> list of Path, the newest last"""
     paths = (path for path in Path(folder).glob("checkpoint-*.pt") if path.stem[11:].isdecimal())
@@ -439,9 +444,9 @@ def rewind(out, step):
         path.unlink()
     log = out / "log.jsonl"
     log.touch()
-    lines = re.findall(rb'(\{"step": (\d+).*\}\n)', log.read_bytes())  # the last one may be half a line
+    lines = log.read_bytes().splitlines(keepends=True)[:step]  # one for each step
     with whole(log) as file:
-        file.writelines(line for line, k in lines if int(k) <= step)
+        file.writelines(lines)
 
 
 # -----------------------------------------------------------------------------
@@ -454,12 +459,8 @@ def rewind(out, step):
 def join(device):
     """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    try:
-        if ranks > 1 and device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if ranks > 1 and device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if ranks > 1:
         nccl = device == "cuda" and dist.is_nccl_available()  # not on Windows
         # A rank that dies is noticed at once; the timeout is for a rank 0 that decodes videos for hours.
@@ -587,6 +588,9 @@ def train(args, checkpoint=None):
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=begin > 0)
         rewind(out, begin)
+        if not begin:
+            some = torch.stack([data[i][0] for i in range(args.sample_videos)])
+            show(out / "samples/data", to_pixels(some, args.latents).numpy(), args)
         size = sum(p.numel() for p in model.parameters())
         print(f"{network}, {size:,} weights, on {ranks} x {device}\n{data.about}\nwrites {out}", flush=True)
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
@@ -596,7 +600,7 @@ def train(args, checkpoint=None):
         # Save and draw what is due. A signal to one rank stops all after the same step.
         due = lambda every: step > 0 and (step >= args.steps or step % every == 0)
         path = out / f"checkpoint-{step:06d}.pt"
-        drawn = out / f"samples/step-{step:06d}.{'npz' if args.latents else 'png'}"
+        drawn = out / f"samples/step-{step:06d}"
         stopped = gather(torch.tensor(len(stop))).any().item()
         if rank == 0 and step > begin and (due(args.save_every) or stopped):
             made = vars(args), step, per_step, data.identity, network, network_args, diffusion_args
@@ -607,12 +611,8 @@ def train(args, checkpoint=None):
                 old.unlink()
         if due(args.sample_every):
             videos = sample_videos(ema.module, args, device)
-            if rank == 0 and args.latents:
-                with whole(drawn) as file:
-                    np.savez_compressed(file, videos=videos)
-            elif rank == 0:
-                with film(drawn.with_suffix(".mp4"), args.fps) as append:
-                    append(np.concatenate([to_pixels(data[0][0][None]), videos]))
+            if rank == 0:
+                show(drawn, videos, args)
         if step >= args.steps or stopped:
             break
 
@@ -646,7 +646,7 @@ def train(args, checkpoint=None):
                 log.write(json.dumps(line) + "\n")
 
     bar.close()
-    print(f"stopped after step {step}: see --resume {out}" if step < args.steps else f"wrote {path}, {drawn}")
+    print(f"stopped after step {step}, --resume {out}" if step < args.steps else f"wrote {path}, {drawn}.*")
     print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
@@ -662,15 +662,16 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
 
     A causal network draws frame by frame. Another draws windows as long as in training, each after the last
     --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
-    (frames, k). A seed and a number make the same video, whatever is drawn beside it."""
+    (frames, k) or (b, frames, k). A seed and a number make the same video, whatever is drawn beside it."""
     rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
     noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
-    first = partial(ddim, eta=args.eta, randn_like=lambda x: noise(x.shape[2]))
-    how = dict(sampler=dpm_solver if args.sampler == "dpm" else first, guidance=args.guidance,
-               steps=args.sample_steps)
+    ddpm = partial(ddim, eta=1, randn_like=lambda x: noise(x.shape[2]))
+    sampler = dict(ddim=ddim, ddpm=ddpm, dpm=dpm_solver)[args.sampler]
+    how = dict(sampler=sampler, guidance=args.guidance, steps=args.sample_steps)
     turn = [args.label] if args.label else args.classes  # all in turn
     labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
-    told = conditions(labels, None if actions is None else np.stack([actions] * len(rngs)), args, device)
+    led = None if actions is None else np.broadcast_to(actions, (len(rngs), *np.shape(actions)[-2:]))
+    told = conditions(labels, led, args, device)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
     diffusion.to(device)
@@ -737,24 +738,17 @@ def sample(args, checkpoint):
         if args.latents or args.real or ranks > 1:
             raise ValueError("long films are drawn by one process, in pixels, without --real")
         return sample_film(model, args, device)
-    written = {}
     if rank == 0 and args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
             raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
-        written["real"] = to_pixels(real, args.latents).numpy()
+        show(out / "real", to_pixels(real, args.latents).numpy(), args)
         print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
-    written["fake"] = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
+    videos = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
-        out.mkdir(parents=True)
-        for name, videos in written.items():
-            with whole(out / f"{name}.npz") as file:
-                np.savez_compressed(file, videos=videos)
-            print(f"wrote {out}/{name}.npz, {videos.dtype} {videos.shape}")
-        if not args.latents:
-            with film(out / "sheet.mp4", args.fps) as append:
-                append(written["fake"][:16])
+        show(out / "fake", videos, args)
+        print(f"wrote {out}/fake.npz, {videos.dtype} {videos.shape}")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -779,21 +773,6 @@ def within(kind, low, high=math.inf):
 
 COUNT, NATURAL, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 0), within(float, 0, 1)
 COUNTS, SWITCH = lambda text: [COUNT(part) for part in text.split(",")], argparse.BooleanOptionalAction
-
-
-def add_own(parser):
-    """Options of one command alone."""
-    add = parser.add_argument_group("this command").add_argument
-    add("command", nargs="?", choices=("sample",), help="draw samples of RUN instead of training")
-    add("run", nargs="?", metavar="RUN", help="folder of a run, or a checkpoint in it")
-    add("--real", type=COUNT, help="sample: write as many videos that the run has not seen, too")
-    add("--after", metavar="FILE", help="sample: go on from the end of this video")
-    add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
-    add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint in it")
-    best = "cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", default=best, help="cuda, cuda:1, mps or cpu")
-    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
 
 
 def add_learned(parser):
@@ -848,56 +827,72 @@ def add_free(parser):
     add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
     add("--sample-every", type=COUNT, default=2000 if GPU else 600, help="steps from sample to sample")
     add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, help="videos drawn")
-    add("--sampler", choices=("ddim", "dpm"), default="ddim", help="dpm: DPM-Solver++ of second order")
+    add("--sampler", choices=("ddim", "ddpm", "dpm"), default="ddim", help="dpm: DPM-Solver++, second order")
     add("--sample-steps", type=COUNT, default=50, help="denoising steps, at most --diffusion-steps")
-    add("--eta", type=SHARE, default=0.0, help="noise in ddim: 0 DDIM, 1 DDPM")
     add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of the class, 0 ignores it")
     add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
+    add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
     add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
+
+
+def add_own(parser, sampling):
+    """Options of one command alone."""
+    add = parser.add_argument_group("this command").add_argument
+    if sampling:
+        add("run", metavar="RUN", help="folder of a run, or a checkpoint in it")
+        add("--real", type=COUNT, help="write as many videos that the run has not seen, too")
+        add("--after", metavar="FILE", help="go on from the end of this video")
+    else:
+        add("--resume", dest="run", metavar="RUN", help="go on with this run, or from a checkpoint in it")
+    add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
+    here = ["cuda"] * GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    add("--device", choices=here, default=here[0], help="where to compute")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
 
 
 def parse(argv):
     """Arguments and, if a run is named, its checkpoint. Raises ValueError."""
-    parser = argparse.ArgumentParser("train.py", "python train.py [sample RUN] [options], see --help",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    names = []  # of the first function's options, of those of two, of all
-    for add in (add_own, add_learned, add_free):
-        add(parser)
-        names.append(vars(parser.parse_args([])).keys())
+    sampling = argv[:1] == ["sample"]
+    usage = f"python train.py {'sample RUN ' * sampling}[options], see --help"
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False, formatter_class=form)
+    add_learned(parser)
+    learned = vars(parser.parse_args([])).keys()
+    add_free(parser)
+    add_own(parser, sampling)
     if "--causal" in argv:
         longer = {} if GPU else dict(batch=1, frames=32, steps=1000, sample_every=1000, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
-    args, checkpoint = parser.parse_args(argv), None
+    args, checkpoint = parser.parse_args(argv[sampling:]), None
     args.window = args.frames
-    if args.run or args.resume:
-        checkpoint = load_checkpoint(args.run or args.resume)
-        saved = {name: value for name, value in checkpoint["args"].items() if name not in names[0]}
-        args = parser.parse_args(argv, argparse.Namespace(**saved))
-        free = {"size", "frames", "seed", saved["actions"] and "actions"} if args.run else set()
-        for name in (names[1] - names[0] - free) & saved.keys():
+    if args.run:
+        checkpoint = load_checkpoint(args.run)
+        own = "run", "out", "device", "workers"
+        saved = {name: value for name, value in checkpoint["args"].items() if name not in own}
+        args = parser.parse_args(argv[sampling:], argparse.Namespace(**saved))
+        free = {"size", "frames", "seed", saved["actions"] and "actions"} if sampling else set()
+        for name in (learned - free) & saved.keys():
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
-    sampling = args.command or args.real or args.after or args.past is not None
     args.frame_noise |= args.causal
     args.past = args.window // 2 * args.frame_noise if args.past is None else args.past
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     folder = checkpoint["folder"] if checkpoint else Path(args.out or Path("runs", Path(args.data).stem))
-    base = folder / "sampled" if args.run else folder
+    base = folder / "sampled" if sampling else folder
     new = (path for k in itertools.count(1) if not (path := Path(f"{base}-{k}" if k > 1 else base)).exists())
-    out = folder if args.resume else Path(args.out or next(new))
+    out = folder if args.run and not sampling else Path(args.out or next(new))
+    after = sampling and args.after
     for wrong, told in [
-        (sampling and not args.run or args.resume and (args.run or args.out),
-         "wanted is train.py [--resume RUN or --out NEW], or train.py sample RUN [--real N] [--after FILE]"),
+        (args.run and args.out and not sampling, "--out is for new runs: --resume writes into its own"),
         (args.out and out.exists(), f"--out {out} exists: choose another, or go on with --resume {out}"),
         (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
-        ((args.after or args.past) and not args.frame_noise,
+        ((after or args.past) and not args.frame_noise,
          "--after and --past need a run with --frame-noise: this one knows no clean frames"),
-        (args.past >= args.window and not args.causal or args.after and not args.past,
+        (args.past >= args.window and not args.causal or after and not args.past,
          f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
-        (args.sampler == "dpm" and args.eta or args.sample_steps > args.diffusion_steps,
-         "--sampler dpm takes no --eta, and --sample-steps are at most --diffusion-steps"),
+        (args.sample_steps > args.diffusion_steps, "--sample-steps are at most --diffusion-steps"),
         (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
          f"--guidance {args.guidance} needs a run with --class-cond or --actions, and --cond-drop above 0")]:
         if wrong:
@@ -908,8 +903,7 @@ def parse(argv):
 
 def main(argv):
     """The command: train, or sample with that word first."""
-    args, checkpoint = parse(argv)
-    (sample if args.command else train)(args, checkpoint)
+    (sample if argv[:1] == ["sample"] else train)(*parse(argv))
 
 
 if __name__ == "__main__":

@@ -101,22 +101,13 @@ def walks(first, count, frames, size):
     return np.stack([train.maze_video(seed, frames, size) for seed in seeds])
 
 
-def diffusion_of(run):
-    """-> the diffusion of a run's averaged weights, the size of its frames, its steps"""
-    checkpoint = train.load_checkpoint(run)
-    net = getattr(vdm_ssm, checkpoint["network"])(**checkpoint["network_args"]).requires_grad_(False)
-    net.load_state_dict(checkpoint["ema"])
-    net.to(memory_format=torch.channels_last)
-    diffusion = vdm_ssm.GaussianDiffusion(net, **checkpoint["diffusion_args"])
-    return diffusion, checkpoint["args"]["size"], checkpoint["step"]
-
-
-def streams_of(run, count, seed, cond=None, **how):
-    """Frames of streams side by side.    -> yields uint8 (count, size, size, 3)"""
-    (diffusion, size, _), generator = diffusion_of(run), torch.Generator().manual_seed(seed)
-    noise = lambda: torch.randn(count, 3, 1, size, size, generator=generator)
-    for x in vdm_ssm.stream(diffusion, noise, cond=cond, **how):
-        yield train.to_pixels(x)[:, 0].numpy()
+def drawing(run, count, frames, *flags, actions=None):
+    """Videos of a run, piece by piece, as `train.py sample RUN` draws them.    -> yields uint8 (count, k, h, w, 3)"""
+    args, checkpoint = train.parse(["sample", run, f"--frames={frames}", *flags])
+    model = train.build(args)[2].requires_grad_(False)
+    model.load_state_dict(checkpoint["ema"])
+    for x in train.pieces(model.to(memory_format=torch.channels_last), args, "cpu", range(count), None, actions):
+        yield train.to_pixels(x).numpy()
 
 
 # ---- Quality at equal memory
@@ -211,6 +202,35 @@ def quality(results, options):
         results.row(f"{layer} seed {seed}", run)
 
 
+# ---- Long-range consistency
+#
+# The walls of a walk have one style. kept: share of videos whose walls at frame k have the style of frame 8.
+# new: how far, in values of pixels, a frame is from the nearest of those at least 16 frames before it.
+
+QUICK = "--sampler=dpm", "--sample-steps=10"
+RUNS = {"bi-mamba, windows of 16": ("runs/maze", *QUICK), "attention, windows of 16": ("runs/attention", *QUICK),
+        "mamba, a stream": ("runs/causal",)}  # fmt: skip
+
+
+def consistency(videos):
+    """uint8 (n, f, h, w, 3) -> kept, of each frame, and new, the mean over the second half"""
+    style, x = style_of(videos), videos.astype(np.float32)
+    nearest = [abs(x[:, : k - 15] - x[:, k : k + 1]).mean((2, 3, 4)).min(1) for k in range(x.shape[1] // 2, x.shape[1])]
+    return dict(kept=(style == style[:, 8:9]).mean(0).tolist(), new=float(np.mean(nearest)))
+
+
+def distance(results, options, count=12, frames=192):
+    real = walks(0, count, frames, 16)
+    mixed = np.random.default_rng(0).permuted(np.repeat(np.arange(count)[:, None], frames, 1), axis=0)
+    swapped = np.concatenate([real[:, : frames // 2], np.roll(real, 1, axis=0)[:, frames // 2 :]], axis=1)
+    known = {"real": real, "frames of all mixed": real[mixed, np.arange(frames)], "another walk from the middle": swapped,
+             "16 frames repeated": real[:, np.arange(frames) % 16]}  # fmt: skip
+    for name, videos in known.items():
+        results.row(name, lambda: consistency(videos))
+    for name, (run, *flags) in RUNS.items():
+        results.row(name, lambda: consistency(np.concatenate([*drawing(run, count, frames, *flags)], axis=1)))
+
+
 # ---- Streams
 
 
@@ -218,8 +238,8 @@ def one_long_stream(run, total=5000):
     """-> look of each 100 frames, styles, seconds and memory of a stream, beside a real walk's look"""
     frames, seconds, peaks = [], [], []
     began = time.perf_counter()
-    for k, frame in enumerate(itertools.islice(streams_of(run, 1, 0), total), 1):
-        frames.append(frame[0])
+    for k, frame in enumerate(drawing(run, 1, total), 1):
+        frames.append(frame[0, 0])
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         if k in (100, total):
@@ -236,7 +256,7 @@ def one_long_stream(run, total=5000):
 
 def many_streams(run, count=64, frames=96):
     """-> share of streams with the style of frame 8 at each later one, FD-random of first and last frames"""
-    videos = np.stack([*itertools.islice(streams_of(run, count, 1), frames)], axis=1)  # (count, f, h, w, 3)
+    videos = np.concatenate([*drawing(run, count, frames)], axis=1)
     real, style, net = walks(0, 2 * count, 16, videos.shape[2]), style_of(videos), fvd.random_i3d()
     sets = real[:count], real[count:], videos[:, :16], videos[:, -16:]
     features = [fvd.video_features(clips, net) for clips in sets]
@@ -289,8 +309,8 @@ def follow(run, net, guidance, count=8, frames=200):
     """-> correlation of commanded and seen turns, of each stream and of all"""
     seeds = [train.maze_seed("test", 5000 + i) for i in range(count)]
     turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))  # (count, frames)
-    told = (10 * turns)[..., None].unbind(1)
-    videos = np.stack([*streams_of(run, count, 2, cond=told, guidance=guidance)], axis=1)
+    told = drawing(run, count, frames, f"--guidance={guidance}", actions=10 * turns[..., None])
+    videos = np.concatenate([*told], axis=1)
     x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     seen = net(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)).detach().view(count, -1)
     told, correlation = turns[:, 1:], lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
@@ -308,14 +328,13 @@ def actions(results, options):
 
 
 def frames(results, options, count=4, length=32):
-    run = options.run
-    diffusion, size, steps = diffusion_of("runs/maze")
-    noise = torch.randn(count, 3, length, size, size, generator=torch.Generator().manual_seed(0))
-    samples = train.to_pixels(diffusion.sample(noise, 50)).numpy()
-    stream = np.stack([*itertools.islice(streams_of(run, count, 3), 100 + length)][100:], axis=1)
-    captions = ["data", f"samples, {steps} steps", f"streams from frame 100, {diffusion_of(run)[2]} steps"]
-    np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, size), samples=samples,
-                        stream=stream, captions=captions)  # fmt: skip
+    runs = dict(samples=("runs/maze", "--past=0"), stream=(options.run,))
+    videos = {name: np.concatenate([*drawing(run, count, 100 + length if name == "stream" else length, *flags)], axis=1)
+              for name, (run, *flags) in runs.items()}
+    steps = {name: train.load_checkpoint(run)["step"] for name, (run, *_) in runs.items()}
+    captions = ["data", f"samples, {steps['samples']} steps", f"streams from frame 100, {steps['stream']} steps"]
+    np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, 16), samples=videos["samples"],
+                        stream=videos["stream"][:, 100:], captions=captions)  # fmt: skip
 
 
 if __name__ == "__main__":

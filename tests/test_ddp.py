@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import DIM, ROOT, UNET, again, ends, log, own_place, refuses, run, start, steps_of, told, wait_for  # noqa: F401
 
-FEW = "--videos 3 --eta 1 --batch 2".split()
+FEW = "--videos 3 --sampler ddpm --batch 2".split()
 
 
 def start_two(*argv):

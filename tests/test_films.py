@@ -136,7 +136,6 @@ def test_what_a_film_cannot_be_made_of_is_refused_in_one_sentence(runs, name, fl
 @pytest.mark.parametrize("flags, mend", [
     (["--causal", "--temporal", "bi-mamba"], "mamba"), (["--causal", "--temporal", "attention"], "mamba"),
     (["--causal", "--backbone", "dim"], "unet"), (["--actions"], "--causal"),
-    (["--after", "x.mp4"], "sample"),
 ])  # fmt: skip
 def test_runs_that_cannot_be_are_refused_in_one_sentence(flags, mend):
     assert mend in refuses(*flags, "--steps", 1)
