@@ -86,6 +86,39 @@ def memory():
     save(figure, "memory.png")
 
 
+def quality():
+    """Held-out loss of runs of equal memory against steps and time, the mean of their seeds."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey="row", layout="constrained")
+    for frames, pair in zip((16, 64), axes.reshape(2, 2)):
+        runs = {}
+        for key, row in results(f"quality-{frames}").items():
+            if " seed " in key and "fd_random" in row:
+                runs.setdefault(key.split()[0], []).append(np.array(row["readings"]))
+        for name, readings in runs.items():
+            count = min(map(len, readings)) - 1  # the last one is where the time was over
+            steps, seconds, loss = np.mean([[*r[:count], r[-1]] for r in readings], axis=0).T
+            style = dict(marker="o", ms=3, linestyle="-" if "bi-" in name else "--", label=name)
+            pair[0].loglog(steps[:-1], loss[:-1], **style)
+            pair[1].semilogy(seconds, loss, **style)
+        pair[0].set(xlabel="steps", title=f"{frames} frames")
+        pair[1].set(xlabel="seconds of one core", title=f"{frames} frames")
+    axes[0].set(ylabel="held-out loss")
+    axes[-1].legend(frameon=False, fontsize=7)
+    save(figure, "quality.png")
+
+
+def distance():
+    """How long videos keep the style of their walls."""
+    figure, axis = plt.subplots(figsize=(9.5, 2.4))
+    for name, row in results("distance").items():
+        if name != "made with":
+            kept = np.array(row["kept"][8:]).reshape(-1, 8).mean(1)
+            axis.plot(12 + 8 * np.arange(len(kept)), kept, "-" if "," in name else ":", label=name)
+    axis.set(xlabel="frame", ylabel="share with the style of frame 8", ylim=(0, 1.05))
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+    save(figure, "distance.png")
+
+
 def stream():
     """A stream of 5,000 frames: how its pixels look against time, beside real walks."""
     one = results("streams")["one stream of 5,000 frames"]
@@ -101,9 +134,9 @@ def stream():
 def maze():
     """A moving picture: walks of the data, samples and a stream, with captions."""
     found, pictures = np.load(HERE / "results/frames.npz"), []
-    columns, captions = [found[name] for name in ("data", "samples", "stream")], found["captions"].tolist()
+    columns, captions = [found[name] for name in ("data", "samples", "continued", "stream")], found["captions"].tolist()
     for k in range(min(map(len, (column[0] for column in columns)))):
-        figure, axes = plt.subplots(1, len(columns), figsize=(6.6, 2.5))
+        figure, axes = plt.subplots(1, len(columns), figsize=(8.4, 2.5))
         for axis, column, caption in zip(axes, columns, captions):
             rows = [np.concatenate([video[k] for video in column[i : i + 2]], 1) for i in (0, 2)]
             axis.imshow(np.concatenate(rows, 0), interpolation="nearest")
@@ -118,5 +151,5 @@ def maze():
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("method", "memory", "stream", "maze"):
+    for name in sys.argv[1:] or ("method", "memory", "quality", "distance", "stream", "maze"):
         globals()[name]()

@@ -65,11 +65,8 @@ def memory(results, options):
             results.row(f"bytes {variant} {f}", lambda: bench.step_bytes(variant, f, fake=True))
     for variant in VARIANTS:  # counts without data are those with it
         results.row(f"bytes with data {variant} 16", lambda: bench.step_bytes(variant, 16))
-    for f in FRAMES:
-        before = results.get(f"seconds {f // 2}", {})  # the last row shows what would take a minute
-        quick = lambda v: before.get(v, 99 if before else 0) < 20 and results[f"bytes {v} {f}"] < 12e9
-        short = [variant for variant in VARIANTS if quick(variant)]
-        calls = lambda: {variant: bench.training_step(variant, f) for variant in short}
+    for f in FRAMES[:5]:  # up to 128, where attention takes half a minute
+        calls = lambda: {variant: bench.training_step(variant, f) for variant in VARIANTS}
         rows = lambda: {v: float(np.median(r["seconds"])) for v, r in bench.time_in_turns(calls(), 3).items()}
         results.row(f"seconds {f}", rows)
 
@@ -101,13 +98,23 @@ def walks(first, count, frames, size):
     return np.stack([train.maze_video(seed, frames, size) for seed in seeds])
 
 
-def drawing(run, count, frames, *flags, actions=None):
-    """Videos of a run, piece by piece, as `train.py sample RUN` draws them.    -> yields uint8 (count, k, h, w, 3)"""
+def real_clips(first, count, frames, size=16):
+    """The same as a network sees them.    -> (count, 3, frames, size, size) in [-1, 1]"""
+    return torch.stack([train.to_model_range(video) for video in walks(first, count, frames, size)])
+
+
+def drawn(run, count, frames, *flags, past=None, actions=None):
+    """Videos as `train.py sample RUN` draws them, piece by piece.    -> yields uint8 (count, k, h, w, 3)"""
     args, checkpoint = train.parse(["sample", run, f"--frames={frames}", *flags])
-    model = train.build(args)[2].requires_grad_(False)
+    model = train.build(args)[2].requires_grad_(False).to(memory_format=torch.channels_last)
     model.load_state_dict(checkpoint["ema"])
-    for x in train.pieces(model.to(memory_format=torch.channels_last), args, "cpu", range(count), None, actions):
+    for x in train.pieces(model, args, "cpu", range(count), past, actions):
         yield train.to_pixels(x).numpy()
+
+
+def whole(*args, **options):
+    """The same in one array."""
+    return np.concatenate([*drawn(*args, **options)], axis=1)
 
 
 # ---- Quality at equal memory
@@ -169,11 +176,6 @@ def learn(layer, frames, dim, seed):
     return averaged, readings
 
 
-def real_clips(first, count, frames, size=16):
-    """Real walks as a network sees them.    -> (count, 3, frames, size, size) in [-1, 1]"""
-    return torch.stack([train.to_model_range(video) for video in walks(first, count, frames, size)])
-
-
 def score(diffusion, features, frames):
     """FD-random of samples, of their last 16 frames.    features: of as many held-out walks"""
     torch.manual_seed(2)
@@ -215,7 +217,8 @@ RUNS = {"bi-mamba, windows of 16": ("runs/maze", *QUICK), "attention, windows of
 def consistency(videos):
     """uint8 (n, f, h, w, 3) -> kept, of each frame, and new, the mean over the second half"""
     style, x = style_of(videos), videos.astype(np.float32)
-    nearest = [abs(x[:, : k - 15] - x[:, k : k + 1]).mean((2, 3, 4)).min(1) for k in range(x.shape[1] // 2, x.shape[1])]
+    half = range(x.shape[1] // 2, x.shape[1])
+    nearest = [abs(x[:, : k - 15] - x[:, k : k + 1]).mean((2, 3, 4)).min(1) for k in half]
     return dict(kept=(style == style[:, 8:9]).mean(0).tolist(), new=float(np.mean(nearest)))
 
 
@@ -228,7 +231,7 @@ def distance(results, options, count=12, frames=192):
     for name, videos in known.items():
         results.row(name, lambda: consistency(videos))
     for name, (run, *flags) in RUNS.items():
-        results.row(name, lambda: consistency(np.concatenate([*drawing(run, count, frames, *flags)], axis=1)))
+        results.row(name, lambda: consistency(whole(run, count, frames, *flags)))
 
 
 # ---- Streams
@@ -238,7 +241,7 @@ def one_long_stream(run, total=5000):
     """-> look of each 100 frames, styles, seconds and memory of a stream, beside a real walk's look"""
     frames, seconds, peaks = [], [], []
     began = time.perf_counter()
-    for k, frame in enumerate(drawing(run, 1, total), 1):
+    for k, frame in enumerate(drawn(run, 1, total), 1):
         frames.append(frame[0, 0])
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
@@ -256,7 +259,7 @@ def one_long_stream(run, total=5000):
 
 def many_streams(run, count=64, frames=96):
     """-> share of streams with the style of frame 8 at each later one, FD-random of first and last frames"""
-    videos = np.concatenate([*drawing(run, count, frames)], axis=1)
+    videos = whole(run, count, frames)
     real, style, net = walks(0, 2 * count, 16, videos.shape[2]), style_of(videos), fvd.random_i3d()
     sets = real[:count], real[count:], videos[:, :16], videos[:, -16:]
     features = [fvd.video_features(clips, net) for clips in sets]
@@ -267,25 +270,18 @@ def many_streams(run, count=64, frames=96):
 
 
 def streams(results, options):
-    results.row("style of real walks is seen", lambda: real_styles())
     results.row("one stream of 5,000 frames", lambda: one_long_stream(options.run))
     results.row("64 streams", lambda: many_streams(options.run))
-
-
-def real_styles(count=48):
-    styles = np.array([train.maze_style(train.maze_seed("test", i)) for i in range(count)])
-    return float((style_of(walks(0, count, 64, 16)) == styles[:, None]).mean())
 
 
 # ---- Actions
 
 
-def pairs(first, count, frames=33, size=16):
-    """Two frames of real walks and the turn between them.    -> (n, 6, size, size), (n)"""
-    videos = torch.from_numpy(walks(first, count, frames, size)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-    seeds = (train.maze_seed("test", i) for i in range(first, first + count))
-    turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))
-    return torch.cat([videos[:, :-1], videos[:, 1:]], dim=2).flatten(0, 1), turns[:, 1:].flatten()
+def pairs(first, count, frames=33):
+    """Two frames of real walks and the turn between them.    -> (n, 6, 16, 16), (n)"""
+    x, seeds = real_clips(first, count, frames).transpose(1, 2), range(first, first + count)
+    turns = np.stack([train.maze_turns(train.maze_seed("test", i), frames)[1:] for i in seeds])
+    return torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1), torch.from_numpy(turns).flatten()
 
 
 def regressor(steps=1500):
@@ -309,8 +305,7 @@ def follow(run, net, guidance, count=8, frames=200):
     """-> correlation of commanded and seen turns, of each stream and of all"""
     seeds = [train.maze_seed("test", 5000 + i) for i in range(count)]
     turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))  # (count, frames)
-    told = drawing(run, count, frames, f"--guidance={guidance}", actions=10 * turns[..., None])
-    videos = np.concatenate([*told], axis=1)
+    videos = whole(run, count, frames, f"--guidance={guidance}", actions=10 * turns[..., None])
     x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     seen = net(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)).detach().view(count, -1)
     told, correlation = turns[:, 1:], lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
@@ -328,13 +323,15 @@ def actions(results, options):
 
 
 def frames(results, options, count=4, length=32):
-    runs = dict(samples=("runs/maze", "--past=0"), stream=(options.run,))
-    videos = {name: np.concatenate([*drawing(run, count, 100 + length if name == "stream" else length, *flags)], axis=1)
-              for name, (run, *flags) in runs.items()}
-    steps = {name: train.load_checkpoint(run)["step"] for name, (run, *_) in runs.items()}
-    captions = ["data", f"samples, {steps['samples']} steps", f"streams from frame 100, {steps['stream']} steps"]
-    np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, 16), samples=videos["samples"],
-                        stream=videos["stream"][:, 100:], captions=captions)  # fmt: skip
+    steps = lambda run: f"{train.load_checkpoint(run)['step']} steps"
+    given = walks(100, count, 8, 16)
+    after = whole("runs/maze", count, length - 8, past=real_clips(100, count, 8))
+    np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length, 16),
+                        samples=whole("runs/maze", count, length, "--past=0"),
+                        continued=np.concatenate([given, after], axis=1),
+                        stream=whole(options.run, count, 100 + length)[:, 100:],
+                        captions=["data", f"samples, {steps('runs/maze')}", "the first 8 are real",
+                                  f"streams from frame 100, {steps(options.run)}"])  # fmt: skip
 
 
 if __name__ == "__main__":
