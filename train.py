@@ -521,7 +521,7 @@ def conditions(labels, actions, args, device):
     if args.action_dim:
         if actions is None:
             return None
-        told = torch.as_tensor(actions).float()
+        told = actions.float()
         cond = told if cond is None else torch.cat([cond[:, None].expand(-1, told.shape[1], -1), told], dim=2)
     return None if cond is None else cond.to(device)
 
@@ -670,7 +670,7 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     how = dict(sampler=sampler, guidance=args.guidance, steps=args.sample_steps)
     turn = [args.label] if args.label else args.classes  # all in turn
     labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
-    led = None if actions is None else np.broadcast_to(actions, (len(rngs), *np.shape(actions)[-2:]))
+    led = None if actions is None else torch.as_tensor(actions).expand(len(rngs), -1, -1)
     told = conditions(labels, led, args, device)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
@@ -786,7 +786,8 @@ def add_learned(parser):
     add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
-    add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance")
+    add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance; "
+        "with --actions none, unless you give it")
     add("--actions", nargs="?", const=True, metavar="FILE", help="causal: tell what led to each frame, turns "
         "or actions.npz beside the videos; sample: follow an .npy of (frames, k) to its end")
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
@@ -863,6 +864,8 @@ def parse(argv):
     if "--causal" in argv:
         longer = {} if GPU else dict(batch=1, frames=32, steps=1000, sample_every=1000, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
+    if "--actions" in argv:
+        parser.set_defaults(cond_drop=0.0, **{} if GPU else dict(steps=1500))
     args, checkpoint = parser.parse_args(argv[sampling:]), None
     args.window = args.frames
     if args.run:

@@ -108,7 +108,7 @@ def drawn(run, count, frames, *flags, past=None, actions=None):
     args, checkpoint = train.parse(["sample", run, f"--frames={frames}", *flags])
     model = train.build(args)[2].requires_grad_(False).to(memory_format=torch.channels_last)
     model.load_state_dict(checkpoint["ema"])
-    for x in train.pieces(model, args, "cpu", range(count), past, actions):
+    for x in train.pieces(model, args, torch.device("cpu"), range(count), past, actions):
         yield train.to_pixels(x).numpy()
 
 
@@ -301,11 +301,11 @@ def regressor(steps=1500):
     return net, float(np.corrcoef(net(x)[:, 0].detach(), turn)[0, 1])
 
 
-def follow(run, net, guidance, count=8, frames=200):
+def follow(run, net, count=8, frames=200):
     """-> correlation of commanded and seen turns, of each stream and of all"""
     seeds = [train.maze_seed("test", 5000 + i) for i in range(count)]
     turns = torch.from_numpy(np.stack([train.maze_turns(seed, frames) for seed in seeds]))  # (count, frames)
-    videos = whole(run, count, frames, f"--guidance={guidance}", actions=10 * turns[..., None])
+    videos = whole(run, count, frames, actions=10 * turns[..., None])
     x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     seen = net(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)).detach().view(count, -1)
     told, correlation = turns[:, 1:], lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
@@ -315,8 +315,7 @@ def follow(run, net, guidance, count=8, frames=200):
 def actions(results, options):
     net, real = regressor()
     results.row("regressor on real walks", lambda: real)
-    for guidance in (1, 2):
-        results.row(f"8 streams of 200 frames, guidance {guidance}", lambda: follow(options.run, net, guidance))
+    results.row("8 streams of 200 frames", lambda: follow(options.run, net))
 
 
 # ---- Pictures
