@@ -1,17 +1,14 @@
 """A level for each frame, known frames, causal networks, streams."""
 
-from contextlib import nullcontext
+from itertools import islice
 
 import pytest
 import torch
 from test_dim import NETWORKS
 from test_unet import fill
 
-from vdm_ssm import SSM_LAYERS, TEMPORAL_LAYERS, GaussianDiffusion, UNet3D, ddim, dpm_solver, stream
-
-
-def relative_error(value, reference):
-    return ((value - reference).norm() / reference.norm()).item()
+from vdm_ssm import SSM_LAYERS, TEMPORAL_LAYERS, GaussianDiffusion, UNet3D
+from vdm_ssm import ddim, dpm_solver, relative_error, stream
 
 
 def causal(name, **options):
@@ -19,8 +16,8 @@ def causal(name, **options):
     return fill(UNet3D(dim=8, dim_mults=(1, 2), heads=2, temporal=name, causal=True, **options))
 
 
-def video(frames, **options):
-    return torch.randn(2, 3, frames, 8, 6, generator=torch.Generator().manual_seed(1), **options)
+def video(frames):
+    return torch.randn(2, 3, frames, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("make", [*NETWORKS.values(), lambda **options: causal("mamba", **options)])
@@ -32,9 +29,6 @@ def test_steps_and_conditions_repeated_over_the_frames_are_those_of_the_video(ma
     for t_k, cond_k in ((t[:, None].expand(2, f), cond), (t, cond[:, None].expand(2, f, 3)),
                         (t[:, None].expand(2, f), cond[:, None].expand(2, f, 3))):  # fmt: skip
         assert relative_error(model(x, t_k, cond_k), y) < 1e-10
-    other = t[:, None].repeat(1, f)
-    other[:, 3] += 7
-    assert relative_error(model(x, other, cond)[:, :, 3], y[:, :, 3]) > 1e-4
 
 
 @pytest.mark.parametrize("make", NETWORKS.values())
@@ -56,29 +50,19 @@ def test_a_causal_network_does_not_see_what_follows(name):
     assert relative_error(z[:, :, 5], y[:, :, 5]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bi-mamba", "bi-s4d", "mamba"])
-def test_other_networks_do(name):  # forward-only ones by the official GroupNorm, over all frames
-    model, x, t = fill(UNet3D(dim=8, dim_mults=(1, 2), temporal=name)), video(9), torch.tensor([3, 200])
-    later = torch.cat([x[:, :, :5], 3 * x[:, :, 5:] + 1], dim=2)
-    assert relative_error(model(later, t)[:, :, :5], model(x, t)[:, :, :5]) > 1e-3
-
-
 @pytest.mark.parametrize("name", SSM_LAYERS)
 @pytest.mark.parametrize("amp", [False, True])
 def test_frame_by_frame_and_in_pieces_a_causal_network_computes_the_whole_clip(name, amp):
-    model, x, t = causal(name), video(64), torch.randint(256, (2, 64))
+    model, x, t, sizes = causal(name), video(24), torch.randint(256, (2, 24)), [1, 1, 1, 17, 2, 1, 1]
     # The recurrence of S4D rounds unlike its FFT, and bfloat16 makes of any difference its own error, 1.5 %.
     bound = 1e-5 if not amp else 2e-2 if "s4d" in name else 1e-3
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if amp else nullcontext():
-        whole = model(x, t)
-        for sizes in ([1] * 64, [1, 30, 2, 31]):
-            states, ys = {}, []
-            for x_k, t_k in zip(x.split(sizes, dim=2), t.split(sizes, dim=1)):
-                frozen = {layer: state.clone() for layer, state in states.items()}
-                past = dict(states)
-                ys.append(model(x_k, t_k, states=states))
-                assert all(torch.equal(past[layer], frozen[layer]) for layer in frozen)
-            assert relative_error(torch.cat(ys, dim=2), whole) < bound
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        states, ys = {}, []
+        for x_k, t_k in zip(x.split(sizes, dim=2), t.split(sizes, dim=1)):
+            past, frozen = dict(states), {layer: state.clone() for layer, state in states.items()}
+            ys.append(model(x_k, t_k, states=states))
+            assert all(torch.equal(past[layer], frozen[layer]) for layer in frozen)
+        assert relative_error(torch.cat(ys, dim=2), model(x, t)) < bound
 
 
 def test_a_layer_that_sees_the_future_is_refused():
@@ -115,8 +99,6 @@ def test_samples_given_the_past_of_a_gaussian_process_have_the_conditional_mean_
     y = d.sample(noise, sampler=sampler, past=past.view(1, 1, k, 1, 1).expand(f + 1, -1, -1, -1, -1)).flatten(1)
     root = y[1:] - y[0]
     assert relative_error(y[0], mean) < 0.01 and relative_error(root.T @ root, covariance) < 0.02
-    free = d.sample(torch.randn(1, 1, k + f, 1, 1).double()).flatten(1)
-    assert free.shape == (1, k + f)
 
 
 class Kalman:
@@ -132,41 +114,30 @@ class Kalman:
         return guess
 
 
-@pytest.mark.parametrize("level, correlation", [(0, 0.9), (64, None)])
-def test_a_stream_of_an_autoregressive_process_keeps_its_variance_and_correlation(level, correlation):
-    torch.manual_seed(0)
-    model = Kalman()
-    model.diffusion = d = GaussianDiffusion(model, target="x0", clip=False).double()
-    draw, ended = lambda: torch.randn(2000, 1, 1, 1, 1).double(), [None] * 40
-    x = torch.cat(list(stream(d, draw, cond=ended, level=level, steps=256)), dim=2).flatten(1)  # (2000, 40)
-    assert x.shape == (2000, 40)
-    assert abs(x.mean(0)).max() < 0.1 and abs(x.var(0) - 1).max() < 0.12
-    if correlation is not None:
-        assert abs((x[:, 1:] * x[:, :-1]).mean() - correlation) < 0.02
-
-
-def test_a_stream_begins_after_given_frames():
+@pytest.mark.parametrize("level", [0, 64])
+def test_a_stream_of_an_autoregressive_process_goes_on_from_the_past_and_keeps_its_variance(level):
     torch.manual_seed(0)
     model = Kalman()
     model.diffusion = d = GaussianDiffusion(model, target="x0", clip=False).double()
     draw, past = lambda: torch.randn(2000, 1, 1, 1, 1).double(), torch.full((2000, 1, 1, 1, 1), 3.0).double()
-    first = next(stream(d, draw, past, steps=64, level=0))
-    assert abs(first.mean() - 2.7) < 0.05 and abs(first.var() - 0.19) < 0.03
+    x = torch.cat([*islice(stream(d, draw, level=level, steps=64), 20)], dim=2).flatten(1)  # (2000, 20)
+    assert abs(x.mean(0)).max() < 0.1 and abs(x.var(0) - 1).max() < 0.12
+    first = next(stream(d, draw, past, level=level, steps=64))
+    if level == 0:  # or else the past is not known exactly
+        assert abs((x[:, 1:] * x[:, :-1]).mean() - 0.9) < 0.02
+        assert abs(first.mean() - 2.7) < 0.05 and abs(first.var() - 0.19) < 0.03
 
 
 def test_a_stream_follows_the_conditions_of_its_frames():
-    model = causal("mamba", cond_dim=2, add_cond=True)
-    d = GaussianDiffusion(model, target="v")
-    conds = torch.randn(2, 6, 2)
-
-    def run(cond):
+    model, conds, changed = causal("mamba", cond_dim=2, add_cond=True), *torch.randn(2, 3, 2, 2)
+    d, streams = GaussianDiffusion(model, target="v"), []
+    changed[:2] = conds[:2]
+    for cond in (conds, changed):
         torch.manual_seed(0)
-        return torch.cat(list(stream(d, lambda: torch.randn(2, 3, 1, 8, 6), cond=cond, steps=3)), dim=2)
-
-    changed = conds.clone()
-    changed[:, 4] += 1
-    one, two = run(conds.unbind(1)), run(changed.unbind(1))
-    assert one.shape[2] == 6 and torch.equal(one[:, :, :4], two[:, :, :4]) and not torch.equal(one, two)
+        frames = stream(d, lambda: torch.randn(2, 3, 1, 8, 6), cond=cond.unbind(), steps=2)
+        streams.append(torch.stack([*frames]))
+    one, two = streams
+    assert len(one) == 3 and torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])
 
 
 def test_every_pass_over_a_frame_is_told_its_condition_also_the_one_that_is_remembered():
