@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pathlib
 import re
-import resource
 import runpy
 import sys
 import time
@@ -64,8 +63,6 @@ def program(argv, variables, pipe):
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as in a program of one's own
     os.setsid()  # a process group, too
     os.environ |= variables
-    if "FILE_LIMIT" in variables:  # bytes that a file may have
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(variables["FILE_LIMIT"]),) * 2)
     output = os.open(f"output{variables.get('RANK', '')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
