@@ -98,13 +98,6 @@ def test_an_adapter_of_low_rank_acts_as_its_product_added_to_the_weight(name, pl
     assert relative_error(adapted(x), merged(x)) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_dynamically_quantised_mamba_block_computes_nearly_the_same():
-    layer, x = make("bi-mamba"), torch.randn(2, 9, 16)
-    quantised = torch.ao.quantization.quantize_dynamic(layer)
-    assert 0 < relative_error(quantised(x), layer(x)) < 0.1
-
-
 @pytest.mark.parametrize("core", [S4D, S6])
 @pytest.mark.parametrize("l", [1, 2, 33, 200])
 def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
@@ -137,7 +130,7 @@ def test_cores_start_as_s4d_lin_and_mamba_do():
     s4d, s6 = S4D(4096, n=8), S6(64, n=16)
     for dt in (s4d.log_dt.exp(), F.softplus(s6.dt_proj.bias)):  # log-uniform
         assert 0.999e-3 <= dt.min() and dt.max() <= 1.001e-1 and dt.log().std() > 1
-    assert torch.allclose(s4d.A_imag, math.pi * torch.arange(4.0)) and (s4d.log_A_real == math.log(0.5)).all()
+    assert torch.allclose(s4d.A_imag, math.pi * torch.arange(4.0)) and s4d.log_A_real.unique() == math.log(0.5)
     assert abs(s4d.C.std() - math.sqrt(0.5)) < 0.01 and abs(s4d.D.std() - 1) < 0.05
     assert torch.allclose(s6.A_log.exp(), torch.arange(1.0, 17.0)) and torch.equal(s6.D, torch.ones(64))
     assert s6.dt_proj.weight.abs().max() <= 0.5  # rank 4
