@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 COMMON = "--no-frame-noise --size 8 --frames 3 --batch 2 --sample-steps 2 --videos 2 --device cpu".split()
 UNET = [*COMMON, *"--dim 8 --dim-mults 1,2 --heads 1 --temporal s6-glu".split()]
 DIM = [*COMMON, *"--backbone dim --patch 4 --width 16 --depth 1".split()]
-SERVER = multiprocessing.get_context("forkserver")  # a program that it starts need not import torch, for seconds
+SERVER = multiprocessing.get_context("forkserver")  # whose programs need not import torch, for seconds
 SERVER.set_forkserver_preload(["torch._dynamo", "torch.optim.swa_utils", "imageio.v3", "tqdm"])
 
 

