@@ -6,8 +6,7 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-# The kernels that tests compile are too few to pay for worker processes, precompiled headers and a probe of
-# every instruction set.
+# Tests compile too little to pay for worker processes, precompiled headers and a probe of instruction sets.
 os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
                "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 

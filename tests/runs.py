@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import time
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ SERVER.set_forkserver_preload(["torch._dynamo", "torch.optim.swa_utils", "imagei
 @pytest.fixture(autouse=True)
 def own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     yield
     for process in multiprocessing.active_children():
         process.kill()
@@ -41,8 +41,9 @@ def write_videos(folder, count=3, frames=6, size=(12, 10)):
 
 
 def run(*argv):
-    """A command in this process."""
-    train.main([str(arg) for arg in argv])
+    """A command in this process, whose signals stay as they are."""
+    with unittest.mock.patch("signal.signal"):
+        train.main([str(arg) for arg in argv])
 
 
 def again(*argv):

@@ -46,9 +46,6 @@ def cache():
     return {path.name: path.stat().st_mtime_ns for path in pathlib.Path("runs/cache").glob("*.npy")}
 
 
-# ---- Windows
-
-
 @pytest.mark.parametrize("stride", [1, 3])
 def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(tmp_path, stride):
     (tmp_path / "v").mkdir()
@@ -64,9 +61,6 @@ def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(
 def test_a_stride_is_kept_in_the_maze_too():
     whole, some = videos_of("maze", "--frames", 7), videos_of("maze", "--frames", 3, "--stride", 3)
     assert torch.equal(whole[5][0][:, ::3], some[5][0]) and some[5][1] == whole[5][1]
-
-
-# ---- Formats
 
 
 def test_every_file_and_every_folder_of_images_gives_its_videos(tmp_path):
@@ -127,9 +121,6 @@ def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter
     assert np.abs(train.resize(frame, 4).astype(float) - mean).max() > 5
 
 
-# ---- The cache
-
-
 def test_only_files_that_changed_are_decoded_again_and_each_way_of_decoding_has_its_own(tmp_path):
     folder = write_videos(tmp_path / "v")
     first = [videos_of(folder)[i][0] for i in range(3)]
@@ -163,9 +154,6 @@ def test_bad_and_short_videos_are_named_every_time_and_several_processes_decode_
         assert re.search("skipped .*broken.mp4: ", told) and re.search("skipped .*empty.npy: ", told)
     stored = lambda out: {path.name: path.read_bytes() for path in pathlib.Path(f"{out}/cache").iterdir()}
     assert stored("a") == stored("b") and len(stored("a")) == 6
-
-
-# ---- The papers' data sets: tiny ones of their layouts
 
 
 def only(data):
@@ -249,9 +237,6 @@ def test_the_class_of_a_video_is_the_folder_that_holds_it(tmp_path):
     for k in range(4):
         iio.imwrite(tmp_path / "v" / "birds" / "clip" / f"{k}.png", grey(10)[0])
     assert levels(videos_of(tmp_path / "v")) == [(0, "dogs"), (1, "cats"), (10, "birds")]
-
-
-# ---- Latents
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2", "<f8", ">f4"])
