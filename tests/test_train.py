@@ -144,7 +144,7 @@ def test_a_killed_run_is_the_uninterrupted_one_bit_for_bit():
 
 
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step_and_saves_it():
-    process = start(*DIM, "--steps", 10**6, "--workers", 1, "--out", "run")
+    process = start(*DIM, "--steps", 10**6, "--workers", 1, "--grad-accum", 9, "--out", "run")
     wait_for(lambda: len(log("run")) > 3, process)
     os.killpg(process.pid, signal.SIGINT)  # its loader gets it as well
     assert ends(process) == 0 and "--resume run" in told()[-1], told()
