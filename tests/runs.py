@@ -41,7 +41,7 @@ def write_videos(folder, count=3, frames=6, size=(12, 10)):
 
 
 def run(*argv):
-    """A command in this process, whose signals stay as they are."""
+    """A command in this process, whose signals it leaves alone."""
     with unittest.mock.patch("signal.signal"):
         train.main([str(arg) for arg in argv])
 

@@ -20,14 +20,10 @@ def start_two(*argv):
     return [start(*argv, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
 
 
-def moments(path):
-    """Adam's average of the gradient. (Weights whose gradient is 0 but for rounding would go either way.)"""
-    state = torch.load(path, weights_only=True)["optimizer"]["state"]
-    return torch.cat([s["exp_avg"].flatten() for s in state.values()])
-
-
 def close(a, b):
-    a, b = (moments(f"{out}/checkpoint-000004.pt") for out in (a, b))
+    """Adam's averages of the gradients are. (Weights whose gradient is 0 but for rounding go either way.)"""
+    states = (torch.load(f"{out}/checkpoint-000004.pt")["optimizer"]["state"].values() for out in (a, b))
+    a, b = (torch.cat([moments["exp_avg"].flatten() for moments in state]) for state in states)
     return (a - b).norm() <= 1e-4 * b.norm() and log("two", "step") == [1, 2, 3, 4]
 
 

@@ -50,14 +50,12 @@ def drawn(out, *flags):
     return np.load(f"{out}/fake.npz")["videos"].astype(float)
 
 
-# ---- What a run writes
-
-
 def test_a_run_writes_sheets_gifs_and_mp4s_and_samples_without_its_data_into_folders_of_their_own(tmp_path):
     folder = write_videos(tmp_path / "v")
     for out in ("v", "v-2"):
         run(*DIM, "--data", folder, "--steps", 4, "--sample-every", 2)
         assert log(f"runs/{out}", "step") == [1, 2, 3, 4] and steps_of(f"runs/{out}") == [4]
+        assert min(log(f"runs/{out}", "videos_per_second")) > 0
     names = {f"step-00000{k}.{kind}" for k in (2, 4) for kind in ("png", "gif", "mp4")}
     assert set(os.listdir("runs/v/samples")) == names
     assert len(iio.imread("runs/v/samples/step-000002.mp4", plugin="pyav")) == 3
@@ -110,9 +108,6 @@ def test_the_commands_of_the_readme_that_train_are_understood():
     found = re.findall(r"^    .*train\.py(.*)$", (ROOT / "README.md").read_text(), re.M)
     commands = [line.split() for line in found if "sample" not in line and "--resume" not in line]
     assert len(commands) > 4 and all(train.parse(argv)[0].steps for argv in commands)
-
-
-# ---- A run is the same however it is cut up
 
 
 @pytest.mark.parametrize("network", [[*UNET, "--causal", "--actions", "--data", "maze"], [*DIM, *CLASSES]],
@@ -238,9 +233,6 @@ def test_the_rate_rises_and_falls_and_the_average_of_the_weights_is_plain_at_fir
     assert torch.equal(a, first) and torch.allclose(second, a + (b - a) * 9 / 11, atol=1e-6)  # then 3/12, ...
 
 
-# ---- Options
-
-
 def test_recomputing_and_compiling_change_nothing_and_bfloat16_only_the_rounding():
     with torch.compiler.set_stance("force_eager"):  # without kernels, which take minutes
         for out in ("recompute", "compile", "amp"):
@@ -279,8 +271,6 @@ def test_a_run_follows_moved_data_and_notices_changed_data(tmp_path):
     np.save("copy/new.npy", np.zeros((6, 8, 8, 3), np.uint8))
     assert "no longer holds the videos" in refuses("--resume", "run", "--steps", 3)
 
-
-# ---- What is wrong
 
 WRONG = [  # command line, what the sentence names
     ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--ema 2", "--ema"), ("--dim-mults 1,x", "--dim-mults"),
