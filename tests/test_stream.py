@@ -24,15 +24,15 @@ def video(frames):
 @pytest.mark.parametrize("added", [False, True])
 def test_steps_and_conditions_of_frames_are_those_of_the_video_and_act_on_their_own(make, added):
     model, x, t = fill(make(cond_dim=3, add_cond=added)).double(), video(5).double(), torch.tensor([3, 200])
-    cond, f = torch.randn(2, 3).double(), 5
-    y = model(x, t, cond)
-    for t_k, cond_k in ((t[:, None].expand(2, f), cond), (t, cond[:, None].expand(2, f, 3)),
-                        (t[:, None].expand(2, f), cond[:, None].expand(2, f, 3))):  # fmt: skip
+    cond = torch.tensor([[1, 0, -1], [0, 0.5, 2]]).double()
+    y, steps, conds = model(x, t, cond), t[:, None].repeat(1, 5), cond[:, None].repeat(1, 5, 1)
+    for t_k, cond_k in ((steps, cond), (t, conds), (steps, conds)):
         assert relative_error(model(x, t_k, cond_k), y) < 1e-10
-    other = t[:, None].repeat(1, f)
-    other[:, 1] += 50
-    change = (model(x, other, cond) - y).square().sum((0, 1, 3, 4))
-    assert change.argmax() == 1
+    steps[:, 1] += 50
+    conds[:, 1] += 1
+    for t_k, cond_k in ((steps, cond), (t, conds)):
+        change = (model(x, t_k, cond_k) - y).square().sum((0, 1, 3, 4))
+        assert change.argmax() == 1
 
 
 @pytest.mark.parametrize("name", SSM_LAYERS)
