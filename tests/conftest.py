@@ -3,12 +3,15 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-# The kernels that tests compile are too few to pay for worker processes, precompiled headers and a probe of
-# every instruction set.
+# Tests compile too little to pay for worker processes, precompiled headers and a probe of instruction sets.
 os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
                "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 
 
-def pytest_collection_finish():
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    gc.collect()
     gc.freeze()  # imageio collects garbage after every film: without what was imported it takes no time

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import pathlib
 import re
-import resource
 import runpy
 import sys
 import time
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -20,14 +20,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 COMMON = "--no-frame-noise --size 8 --frames 3 --batch 2 --sample-steps 2 --videos 2 --device cpu".split()
 UNET = [*COMMON, *"--dim 8 --dim-mults 1,2 --heads 1 --temporal s6-glu".split()]
 DIM = [*COMMON, *"--backbone dim --patch 4 --width 16 --depth 1".split()]
-SERVER = multiprocessing.get_context("forkserver")  # a program that it starts need not import torch, for seconds
+SERVER = multiprocessing.get_context("forkserver")  # whose programs need not import torch, for seconds
 SERVER.set_forkserver_preload(["torch._dynamo", "torch.optim.swa_utils", "imageio.v3", "tqdm"])
 
 
 @pytest.fixture(autouse=True)
 def own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     yield
     for process in multiprocessing.active_children():
         process.kill()
@@ -42,8 +41,9 @@ def write_videos(folder, count=3, frames=6, size=(12, 10)):
 
 
 def run(*argv):
-    """A command in this process."""
-    train.main([str(arg) for arg in argv])
+    """A command in this process, whose signals it leaves alone."""
+    with unittest.mock.patch("signal.signal"):
+        train.main([str(arg) for arg in argv])
 
 
 def again(*argv):
@@ -64,8 +64,6 @@ def program(argv, variables, pipe):
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as in a program of one's own
     os.setsid()  # a process group, too
     os.environ |= variables
-    if "FILE_LIMIT" in variables:  # bytes that a file may have
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(variables["FILE_LIMIT"]),) * 2)
     output = os.open(f"output{variables.get('RANK', '')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)

@@ -15,9 +15,8 @@ def test_a_command_writes_as_many_times_as_it_was_told_to_take(command, tmp_path
     assert {len(record["seconds"]) for record in result["records"].values()} == {2}
 
 
-@pytest.mark.parametrize("variant", ["bi-s4d", "bi-mamba+recompute"])
-def test_memory_counted_without_data_is_that_of_a_real_step(variant):
-    real, fake = (bench.step_bytes(variant, 20, size=8, dim=8, heads=1, fake=fake) for fake in (False, True))
+def test_memory_counted_without_data_is_that_of_a_real_step():
+    real, fake = (bench.step_bytes("bi-mamba", 2, size=8, dim=8, heads=1, fake=f) for f in (False, True))
     assert fake == pytest.approx(real, rel=0.02)
 
 

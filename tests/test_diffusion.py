@@ -8,7 +8,7 @@ import torch
 
 from vdm_ssm import GaussianDiffusion, ddim, dpm_solver
 
-SHAPE = (2, 3, 4, 8, 8)
+SHAPE = (2, 3, 2, 4, 4)
 ancestral = partial(ddim, eta=1.0)
 
 
@@ -39,15 +39,14 @@ def test_schedule_is_the_official_cosine_schedule():
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
-@pytest.mark.parametrize("steps, sampler", [
-    (256, ancestral), (50, ddim), (10, ddim), (2, ddim), (50, dpm_solver), (5, dpm_solver), (2, dpm_solver),
-])  # fmt: skip
-def test_a_perfect_network_has_no_loss_and_sampling_with_it_returns_the_video(target, steps, sampler):
+@pytest.mark.parametrize("sampler", [ancestral, ddim, dpm_solver])
+def test_a_perfect_network_has_no_loss_and_sampling_with_it_returns_the_video(target, sampler):
     torch.manual_seed(0)
     x0 = torch.rand(SHAPE) * 1.8 - 0.9
     d = around(lambda *_: x0, target, clip=True)
     assert d.loss(x0, t=torch.tensor([20, 180])) < 1e-8
-    assert torch.allclose(d.sample(torch.randn(SHAPE), steps, sampler), x0, atol=1e-3)
+    for steps in (2, 5, 50, 256):
+        assert torch.allclose(d.sample(torch.randn(SHAPE), steps, sampler), x0, atol=1e-3)
 
 
 def shrink(x, t):

@@ -28,14 +28,15 @@ def silent_owners(model, *inputs):
 
 
 @every_layer
-@pytest.mark.parametrize("l", [1, 5, 33])
-def test_every_layer_keeps_the_shape_and_sends_gradients_everywhere(name, l):
-    layer, x = make(name), torch.randn(3, l, 16, requires_grad=True)
-    y = layer(x)
-    assert y.shape == x.shape
-    y.square().sum().backward()
-    parameters = [p for p in layer.parameters() if p.requires_grad and l > 1]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (x, *parameters))
+def test_every_layer_keeps_the_shape_calls_its_modules_and_sends_gradients_everywhere(name):
+    assert silent_owners(make(name), torch.randn(2, 5, 16)) == []
+    for l in (1, 5, 33):
+        layer, x = make(name), torch.randn(3, l, 16, requires_grad=True)
+        y = layer(x)
+        assert y.shape == x.shape
+        y.square().sum().backward()
+        parameters = [p for p in layer.parameters() if p.requires_grad and l > 1]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (x, *parameters))
 
 
 @every_layer
@@ -74,70 +75,44 @@ def test_rows_do_not_see_each_other_and_may_be_none(name):
 @pytest.mark.parametrize("l", [4, 40])
 def test_16_bit_layers_compute_nearly_the_same(name, l):
     layer, x = make(name), torch.randn(3, l, 16)
-    y, rounded = layer(x), layer.bfloat16()(x.bfloat16())
-    assert rounded.dtype == torch.bfloat16 and relative_error(rounded, y) < 0.05
-    assert relative_error(make(name).half()(x.half()), y) < 0.05
+    y = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative_error(make(name)(x), y) < 0.05
-
-
-@every_layer
-def test_the_hook_of_every_module_with_a_weight_fires(name):
-    assert silent_owners(make(name), torch.randn(2, 5, 16)) == []
-
-
-class Adapter(nn.Module):
-    """A linear layer and a term of low rank."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.down = linear, nn.Linear(linear.in_features, 2, bias=False)
-        self.up = nn.Linear(2, linear.out_features, bias=False)
-
-    def forward(self, x):
-        return self.linear(x) + self.up(self.down(x))
+        assert relative_error(layer(x), y) < 0.05
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = make(name).to(dtype)(x.to(dtype))
+        assert rounded.dtype == dtype and relative_error(rounded, y) < 0.05
 
 
 @pytest.mark.parametrize("name, place", [
     ("bi-mamba", "in_proj"), ("bi-mamba", "ahead.dt_proj"), ("bi-mamba", "out_proj"), ("bi-s4d", "back_proj"),
     ("bi-s6-mlp", "back.x_proj"), ("attention", "to_qkv"), ("linear-attention", "to_qkv"),
 ])  # fmt: skip
-def test_an_adapter_of_low_rank_acts_as_its_product_added_to_the_weight_and_learns(name, place):
+def test_an_adapter_of_low_rank_acts_as_its_product_added_to_the_weight(name, place):
     adapted, merged, x = make(name), make(name), torch.randn(2, 5, 16)
-    adapter = Adapter(adapted.get_submodule(place))
-    adapted.set_submodule(place, adapter)
+    linear = adapted.get_submodule(place)
+    down, up = nn.Linear(linear.in_features, 2, bias=False), nn.Linear(2, linear.out_features, bias=False)
+    adapted.set_submodule(place, nn.Sequential(down, up))  # which has no weight that a layer could read
+    adapted.get_submodule(place).register_forward_hook(lambda _, inputs, y: y + linear(*inputs))
     with torch.no_grad():
-        merged.get_submodule(place).weight += adapter.up.weight @ adapter.down.weight
-    y = adapted(x)
-    assert relative_error(y, merged(x)) < 1e-5
-    y.square().sum().backward()
-    assert adapter.up.weight.grad.abs().max() > 0 and adapter.down.weight.grad.abs().max() > 0
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_dynamically_quantised_mamba_block_computes_nearly_the_same():
-    layer, x = make("bi-mamba"), torch.randn(2, 9, 16)
-    quantised = torch.ao.quantization.quantize_dynamic(layer)
-    assert 0 < relative_error(quantised(x), layer(x)) < 0.1
+        merged.get_submodule(place).weight += up.weight @ down.weight
+    assert relative_error(adapted(x), merged(x)) < 1e-5
 
 
 @pytest.mark.parametrize("core", [S4D, S6])
-@pytest.mark.parametrize("l", [1, 2, 7, 33, 100, 1000])
+@pytest.mark.parametrize("l", [1, 2, 33, 200])
 def test_all_frames_at_once_equal_the_recurrence_step_by_step(core, l):
     torch.manual_seed(0)
     layer, u = core(6, n=8).double(), torch.randn(2, l, 6, dtype=torch.float64)
-    found, states, parameters = layer(u), {}, list(layer.parameters())
+    found, states = layer(u), {}
     ys = torch.cat([layer(u_k, states=states) for u_k in u.split(1, dim=1)], dim=1)
     assert relative_error(found, ys) < 1e-12
-    if l < 1000:
-        both = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, ys))
-        assert all((value - right).norm() <= 1e-10 * right.norm() for value, right in zip(*both))
+    both = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (found, ys))
+    assert all((value - right).norm() <= 1e-10 * right.norm() for value, right in zip(*both))
 
 
-@pytest.mark.parametrize("l", [9, 65])
-def test_autocast_does_not_touch_s4d(l):
+def test_autocast_does_not_touch_s4d():
     torch.manual_seed(0)
-    layer, u = S4D(6), torch.randn(2, l, 6)
+    layer, u = S4D(6), torch.randn(2, 9, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(u)
     assert torch.equal(y, layer(u)) and layer(u.bfloat16()).dtype == torch.bfloat16
@@ -155,7 +130,7 @@ def test_cores_start_as_s4d_lin_and_mamba_do():
     s4d, s6 = S4D(4096, n=8), S6(64, n=16)
     for dt in (s4d.log_dt.exp(), F.softplus(s6.dt_proj.bias)):  # log-uniform
         assert 0.999e-3 <= dt.min() and dt.max() <= 1.001e-1 and dt.log().std() > 1
-    assert torch.allclose(s4d.A_imag, math.pi * torch.arange(4.0)) and (s4d.log_A_real == math.log(0.5)).all()
+    assert torch.allclose(s4d.A_imag, math.pi * torch.arange(4.0)) and (s4d.log_A_real == -math.log(2)).all()
     assert abs(s4d.C.std() - math.sqrt(0.5)) < 0.01 and abs(s4d.D.std() - 1) < 0.05
     assert torch.allclose(s6.A_log.exp(), torch.arange(1.0, 17.0)) and torch.equal(s6.D, torch.ones(64))
     assert s6.dt_proj.weight.abs().max() <= 0.5  # rank 4

@@ -4,10 +4,9 @@ import tracemalloc
 
 import numpy as np
 
-from train import SPEED, VIEW, WALL, maze_render, maze_seed, maze_style
-from train import maze_turns, maze_video, maze_walk
+from train import SPEED, VIEW, WALL, maze_render, maze_seed, maze_style, maze_turns, maze_video, maze_walk
 
-SEEDS = range(30)
+SEEDS = range(20)
 
 
 def height_of_wall(x, angle):
@@ -18,7 +17,7 @@ def height_of_wall(x, angle):
 
 
 def test_a_longer_video_and_its_turns_begin_with_the_shorter_ones():
-    for seed, size, frames in (0, 1, 3), (1, 16, 8), (2, 16, 64), (3, 33, 50), (4, 64, 3), (5, 256, 1):
+    for seed, size, frames in (0, 1, 3), (2, 16, 64), (3, 33, 50), (5, 256, 1):
         video, longer = maze_video(seed, frames, size), maze_video(seed, 2 * frames, size)
         assert video.shape == (frames, size, size, 3) and video.dtype == np.uint8
         assert np.array_equal(longer[:frames], video)
@@ -53,18 +52,14 @@ def test_every_room_is_reachable_and_none_is_a_dead_end():
         assert beside(~wall).sum(0)[~wall].min() >= 2
 
 
-def test_the_agent_moves_on_and_stays_half_a_cell_away_from_every_wall():
+def test_a_walk_keeps_half_a_cell_from_walls_and_turns_smoothly_by_what_the_gaze_changes():
     for seed in SEEDS:
-        wall, position, _ = maze_walk(seed, 200)
+        wall, position, gaze = maze_walk(seed, 200)
         corner, place = np.argwhere(wall), position[:, None]  # a wall cell is the square [corner, corner + 1]
         assert np.linalg.norm(place - place.clip(corner, corner + 1), axis=-1).min() > 0.5 - 1e-9
         speed = np.linalg.norm(np.diff(position, axis=0), axis=1) / SPEED
         assert 0.6 < speed.min() and speed.max() < 1 + 1e-9
-
-
-def test_turns_are_smooth_and_sum_to_the_change_of_the_gaze():
-    for seed in SEEDS:
-        turns, gaze = maze_turns(seed, 200), maze_walk(seed, 200)[2] @ [1, 1j]
+        turns, gaze = maze_turns(seed, 200), gaze @ [1, 1j]
         assert turns.dtype == np.float32 and turns[0] == 0
         assert 5 < np.degrees(np.abs(turns)).max() < 25  # somewhere it does turn
         assert np.allclose(gaze, gaze[0] * np.exp(1j * turns.cumsum()), atol=1e-4)
