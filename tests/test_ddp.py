@@ -28,7 +28,7 @@ def close(a, b):
 
 
 def test_two_processes_with_batch_two_are_one_with_batch_four_and_draw_the_same():
-    common = [*UNET, *"--class-cond --guidance 3 --videos 3 --eta 1 --grad-accum 2 --steps 4".split(),
+    common = [*UNET, *"--class-cond --guidance 3 --videos 3 --sampler ddpm --grad-accum 2 --steps 4".split(),
               "--sample-every", 2, "--save-every", 2]  # fmt: skip
     ranks = start_two(*common, "--out", "two")
     run(*common, "--batch", 4, "--out", "one")
