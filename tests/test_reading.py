@@ -68,7 +68,7 @@ def read_one(path, **options):
 def reason(path):
     with pytest.raises(UnreadableVideo) as caught:
         read(path)
-    assert "\n" not in caught.value.reason and str(caught.value).startswith(caught.value.name)
+    assert str(caught.value).isprintable() and str(caught.value).startswith(caught.value.name)
     return caught.value.reason
 
 
@@ -85,12 +85,12 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
     data, noise = films[suffix].read_bytes(), np.random.default_rng(0).bytes(100)
     path.write_bytes(data)
     assert np.array_equal(read_one(path), got)
-    cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 14)] + [-300, -60, -20, -1]
-    starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 12)]
-    noisy = [data[:k] + noise + data[k + 100:] for k in starts]  # decoders may paint over it
+    cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 7)] + [-300, -60, -20, -1]
+    starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 8)]
+    noisy = [data[:k] + filler + data[k + 100:] for k in starts for filler in (noise, bytes(100))]
     marks = [k for k, byte in enumerate(data) if byte == 0xA3]  # in an mkv some of them announce a frame
-    noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:8] + marks[-8:]]
-    for changes, least in (([data[:k] for k in cuts], 14), (noisy, 1)):
+    noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:4] + marks[-4:]]
+    for changes, least in (([data[:k] for k in cuts], 7), (noisy, 1)):  # decoders may paint over noise
         lengths = []
         for changed in changes:
             path.write_bytes(changed)
@@ -103,12 +103,11 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
 
 @pytest.mark.parametrize("name, before, after, shown", [
     ("edits.mp4", ["-ss", 0.75], [], slice(15, None)), ("edits.mov", ["-ss", 0.75], [], slice(15, None)),
-    ("negative.mkv", ["-itsoffset", -1], ["-copyts", "-avoid_negative_ts", "disabled"], slice(None)),
-    ("irregular.mkv", [], ["-vf", "setpts='(N+8*floor(N/3))/20/TB'", "-fps_mode", "vfr", "-c:v", "libx264",
-                           "-qp", 0], slice(None)),
     ("cover.mkv", ["-i", "COVER"], ["-map", 0, "-map", 1], slice(None)),
     ("cover.m4v", ["-i", "COVER"], ["-map", 0, "-map", 1, "-disposition:v:0", "attached_pic"], slice(None)),
-    # A lost end of these would go unseen: they are refused, and the mend is said.
+    # Lost frames of these would go unseen: they are refused, and the mend is said.
+    ("negative.mkv", ["-itsoffset", -1], ["-copyts", "-avoid_negative_ts", "disabled"], None),
+    ("irregular.mkv", [], ["-vf", "setpts='(N+N*N)/20/TB'", "-fps_mode", "vfr", "-c:v", "mpeg4"], None),
     ("a.ts", [], [], None), ("b.mp4", [], ["-f", "flv"], None), ("c.mkv", [], ["-live", 1], None),
     ("d.mp4", [], ["-movflags", "frag_keyframe+empty_moov"], None)])
 def test_just_the_frames_that_a_player_shows_are_read(films, tmp_path, name, before, after, shown):
@@ -118,7 +117,9 @@ def test_just_the_frames_that_a_player_shows_are_read(films, tmp_path, name, bef
     if shown:
         assert np.array_equal(read_one(path), read_one(films[".mp4"])[shown])
     else:
-        assert "ffmpeg -i" in reason(path)
+        assert "ffmpeg -i IN -c copy OUT.mp4" in reason(path)
+        mended = read_one(ffmpeg("-i", path, "-c", "copy", tmp_path / "mended.mp4"))
+        assert len(mended) == 30 or "negative" in name  # what lies before time 0 is not shown
 
 
 @pytest.mark.parametrize("flip", [[], ["-display_hflip"]])
@@ -165,7 +166,7 @@ def test_arrays_and_animations_are_read_or_refused_if_they_are_truncated(tmp_pat
     assert reason(path)
 
 
-def test_text_audio_empty_files_pickles_and_ambiguous_archives_are_refused(tmp_path):
+def test_text_audio_empty_files_pickles_pipes_and_ambiguous_archives_are_refused(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
@@ -179,6 +180,12 @@ def test_text_audio_empty_files_pickles_and_ambiguous_archives_are_refused(tmp_p
     assert "audio" in reason(ffmpeg("-f", "lavfi", "-i", "sine=d=1", tmp_path / "audio.mp4"))
     np.savez(tmp_path / "a.npz", real=moving_square(), fake=moving_square())
     assert "2 arrays" in reason(tmp_path / "a.npz")
+    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    os.mkfifo(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    assert "link" in reason(tmp_path / "lost.mp4") and "pipe" in reason(tmp_path / "1.png")
+    with pytest.raises(UnreadableVideo, match="pipe"):
+        read(tmp_path)  # as a folder of images
 
 
 def folder_of(path, names):
@@ -261,40 +268,35 @@ def test_grey_and_rgba_arrays_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble", ">f4", ">f8", "bfloat16"])
 @pytest.mark.parametrize("low", [0, -1])
-def test_floats_in_either_range_come_back_to_the_same_bytes(tmp_path, dtype, low):
-    video = moving_square()
-    video[0, 0, 0] = 0, 255, 0  # touches both ends of the scale
+def test_floats_in_the_range_that_is_stated_come_back_to_the_same_bytes(tmp_path, dtype, low):
+    video, path = moving_square(), tmp_path / ("a.pt" if dtype == "bfloat16" else "a.npy")
     floats = video / 255 * (1 - low) + low
     if dtype == "bfloat16":
-        torch.save(torch.from_numpy(floats).bfloat16(), tmp_path / "a.pt")
-        assert np.abs(read_one(tmp_path / "a.pt").astype(int) - video).max() <= 1
+        torch.save(torch.from_numpy(floats).bfloat16(), path)
     else:
-        np.save(tmp_path / "a.npy", floats.astype(dtype))
-        assert np.array_equal(read_one(tmp_path / "a.npy"), video)
-        torch.from_numpy(np.array(fvd.load_array(tmp_path / "a.npy")))  # latents go this way
+        np.save(path, floats.astype(dtype))
+    assert np.abs(read_one(path, scale=(low, 1)).astype(int) - video).max() <= (dtype == "bfloat16")
+    torch.from_numpy(np.array(fvd.load_array(path)))  # latents go this way
 
 
-def test_scale_of_floats_is_decided_by_the_whole_file_or_stated_and_nan_is_named(tmp_path):
-    videos = np.full((2, 10, 8, 8, 3), 0.5, np.float32)
-    videos[0] = -0.5
-    dark, bright = read(save(tmp_path / "a.npy", videos))
-    assert (dark == 64).all() and (bright == 191).all()
-    path = save(tmp_path / "b.npy", videos[1])
-    assert (read_one(path) == 128).all() and (read_one(path, scale=(-1, 1)) == 191).all()
-    for videos[0, 4, 2, 2, 0] in (np.nan, np.inf):
-        nan, intact = open_videos(save(tmp_path / "a.npy", videos))
-        assert len(list(read_frames(intact))) == 10
-        with pytest.raises(UnreadableVideo, match=r"a.npy\[0\]: .*NaN"):
-            list(read_frames(nan))
+def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_with_nan_are_named(tmp_path):
+    videos = np.full((3, 10, 8, 8, 3), 0.5, np.float32)
+    for word in ("--floats unit", "--floats symmetric"):
+        assert word in reason(save(tmp_path / "a.npy", videos))
+    for videos[1, 4, 2, 2, 0] in (np.nan, np.inf, 1.01, -0.01):
+        first, bad, last = open_videos(save(tmp_path / "a.npy", videos), scale=(0, 1))
+        assert (np.stack([*read_frames(first), *read_frames(last)]) == 128).all()
+        with pytest.raises(UnreadableVideo, match=r"a.npy\[1\]: .*NaN"):
+            list(read_frames(bad))
 
 
-@pytest.mark.parametrize("array, word", [
-    *((np.linspace(0, high, 1920).reshape(10, 8, 8, 3).astype(dtype), "uint8") for dtype, high in (
-        ("f4", 255), ("f4", 1.5), ("int64", 0), ("uint16", 0), ("bool", 0), ("complex64", 0), ("int8", 0))),
-    *((np.zeros(shape, np.uint8), "") for shape in (
+@pytest.mark.parametrize("array", [
+    *(np.zeros((10, 8, 8, 3), dtype) for dtype in ("int64", "uint16", "bool", "complex64", "int8")),
+    *(np.zeros(shape, np.uint8) for shape in (
         (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)))])
-def test_arrays_that_are_no_videos_of_bytes_or_of_floats_of_known_range_are_refused(tmp_path, array, word):
-    assert word in reason(save(tmp_path / "a.npy", array))
+def test_arrays_that_are_no_videos_of_bytes_or_floats_are_refused(tmp_path, array):
+    with pytest.raises(UnreadableVideo):
+        read(save(tmp_path / "a.npy", array), scale=(0, 1))
 
 
 def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path):
@@ -309,19 +311,11 @@ def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path
     assert find_videos(tmp_path / "._x.gif") == [tmp_path / "._x.gif"]
 
 
-def test_pipes_dangling_links_and_folders_without_videos_are_named(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
-    (tmp_path / "frames").mkdir()
-    for k in range(2):
-        os.mkfifo(tmp_path / f"frames/{k}.png")
-    frames, lost, pipe = find_videos(tmp_path)
-    assert "link" in reason(lost) and "pipe" in reason(pipe) and "pipe" in reason(frames)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/notes.txt").write_text("hello")
-    for folder, word in (("b", ".txt"), ("nowhere", "no such")):
+def test_folders_without_videos_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    for folder, word in ((tmp_path, "no video"), (tmp_path / "nowhere", "no such")):
         with pytest.raises(UnreadableVideo, match=word):
-            find_videos(tmp_path / folder)
+            find_videos(folder)
 
 
 @pytest.mark.parametrize("name", ["sp ace", "\u4f60\u597d \u00fc", "new\nline", "-dash", "<bytes>", "a.zip",
@@ -333,5 +327,6 @@ def test_odd_names_are_read(films, tmp_path, monkeypatch, name):
         (tmp_path / name / f"{name}{suffix}").write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path / name)
     for path in os.listdir():  # no address, no option, no example of imageio's
-        video, = open_videos(path)
-        assert len(list(read_frames(video))) == 30 and video.name.isprintable() and video.name.encode()
+        assert len(read_one(path)) == 30
+        with open(path, "wb"):
+            assert reason(path)
