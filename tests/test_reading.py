@@ -1,7 +1,6 @@
 """Reading videos: what is intact comes out as 8-bit RGB, as players show it; what is damaged is named."""
 import os
 import subprocess
-import sys
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -91,14 +90,14 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
     marks = [k for k, byte in enumerate(data) if byte == 0xA3]  # in an mkv some of them announce a frame
     noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:4] + marks[-4:]]
     for changes, least in (([data[:k] for k in cuts], 7), (noisy, 1)):  # decoders may paint over noise
-        lengths = []
+        refused = 0
         for changed in changes:
             path.write_bytes(changed)
             try:
-                lengths.append(len(read_one(path)))
+                assert len(read_one(path)) == 30
             except UnreadableVideo:
-                lengths.append("refused")
-        assert set(lengths) <= {30, "refused"} and lengths.count("refused") >= least
+                refused += 1
+        assert refused >= least
 
 
 @pytest.mark.parametrize("name, before, after, shown", [
@@ -136,17 +135,6 @@ def test_colours_of_bt709_are_right(tmp_path):
     path = ffmpeg("-i", save(tmp_path / "a.avi", red), "-vf", "scale=out_color_matrix=bt709", "-c:v",
                   "libx264", "-colorspace", "bt709", tmp_path / "b.mp4")
     assert distance(read_one(path), red) < 6
-
-
-def test_memory_for_a_large_film_is_bounded(tmp_path):
-    path = ffmpeg("-f", "lavfi", "-i", "testsrc2=s=1920x1080:d=3", "-preset", "ultrafast", tmp_path / "a.mp4")
-    code = ("import fvd, resource, sys; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak(); n = sum(1 for _ in fvd.read_frames(fvd.open_videos(sys.argv[1])[0]))\n"
-            "print(n, (peak() - before) // 1024)")
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True,
-                          cwd=os.path.dirname(fvd.__file__))
-    frames, grown = map(int, done.stdout.split())
-    assert frames == 75 and grown < 150  # MiB; the decoded film is 440
 
 
 def test_a_gif_without_its_last_byte_or_with_one_after_it_is_whole(films, tmp_path):
@@ -227,17 +215,14 @@ def test_images_of_another_size_damaged_or_moving_are_named(tmp_path):
 def test_images_of_any_mode_are_shown_as_a_viewer_shows_them(tmp_path):
     rgb = moving_square(1, 24, 32)[0]
     grey, picture = rgb[..., 1], Image.fromarray(rgb)
-    for name, saved, wanted in (
-            ("grey.png", Image.fromarray(grey), grey), ("alpha.png", picture.convert("RGBA"), rgb),
-            ("grey-alpha.png", Image.fromarray(grey).convert("LA"), grey),
-            ("palette.png", picture.quantize(64), rgb),
-            ("bilevel.png", Image.fromarray(grey > 128), np.uint8(255) * (grey > 128)),
-            ("16-bit.png", Image.fromarray(grey.astype(np.uint16) * 257), grey),
-            ("cmyk.jpg", picture.convert("CMYK"), rgb)):
+    for name, saved, wanted, error in (
+            ("grey.png", Image.fromarray(grey), grey, 0), ("alpha.png", picture.convert("RGBA"), rgb, 0),
+            ("grey-alpha.png", Image.fromarray(grey).convert("LA"), grey, 0),
+            ("palette.png", picture.quantize(64), rgb, 4), ("cmyk.jpg", picture.convert("CMYK"), rgb, 4),
+            ("bilevel.png", Image.fromarray(grey > 128), np.uint8(255) * (grey > 128), 0),
+            ("16-bit.png", Image.fromarray(grey.astype(np.uint16) * 257), grey, 0)):
         saved.save(tmp_path / name, quality=95)
-        wanted = wanted if wanted.ndim == 3 else np.stack([wanted] * 3, -1)
-        lossy = name in ("palette.png", "cmyk.jpg")
-        assert distance(read_one(tmp_path / name)[0], wanted) <= 4 * lossy, name
+        assert distance(read_one(tmp_path / name)[0], np.atleast_3d(wanted)) <= error, name
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", ".png"), ("L", ".png"), ("P", ".png"), ("L", ".tif")])
@@ -309,11 +294,8 @@ def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path
     found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
     assert found == ["a/c/x.GIF", "b/9.gif", "b/10.gif"]
     assert find_videos(tmp_path / "._x.gif") == [tmp_path / "._x.gif"]
-
-
-def test_folders_without_videos_are_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    for folder, word in ((tmp_path, "no video"), (tmp_path / "nowhere", "no such")):
+    for folder, word in ((tmp_path / ".git" / "none", "no such"), (tmp_path / "empty", "no video")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UnreadableVideo, match=word):
             find_videos(folder)
 
