@@ -3,7 +3,6 @@ import hashlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -73,8 +72,7 @@ def test_i3d_equals_the_original_graph(golden_net, t, first, mean, norm):
 
 def test_i3d_has_the_tensors_of_the_published_state_dict_and_takes_nine_frames(golden_net):
     state = golden_net.state_dict()
-    assert len(state) == 287 and not any("num_batches" in name for name in state)
-    assert sum(p.numel() for p in golden_net.parameters()) == 12697264
+    assert len(state) == 287 and sum(p.numel() for p in golden_net.parameters()) == 12697264
     assert state["Mixed_4e.b1b.conv3d.weight"].shape == (288, 144, 3, 3, 3)
     assert golden_net(torch.zeros(1, 3, 9, 224, 224)).shape == (1, 400)
     for shape in ((1, 3, 8, 224, 224), (1, 3, 9, 112, 112), (1, 1, 9, 224, 224)):
@@ -82,10 +80,12 @@ def test_i3d_has_the_tensors_of_the_published_state_dict_and_takes_nine_frames(g
             golden_net(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("resize, source", [("tf1", lambda i, ratio: i * ratio),
-                                            ("half-pixel", lambda i, ratio: (i + 0.5) * ratio - 0.5)])
+@pytest.mark.parametrize("protocol, low, source", [
+    ("original", -1, lambda i, ratio: i * ratio), ("paper", 0, lambda i, ratio: i * ratio),
+    ("standard", -1, lambda i, ratio: (i + 0.5) * ratio - 0.5)])
 @pytest.mark.parametrize("shape", [(32, 32), (128, 128), (240, 320), (224, 224), (9, 300), (1, 1)])
-def test_resize_samples_at_the_sources_that_define_it(shape, resize, source):
+def test_a_protocol_is_a_range_and_a_resize_that_samples_at_the_sources_of_its_definition(
+        shape, protocol, low, source):
     def matrix(length, size=224):  # linear between pixels, clamped at the edge
         m = np.zeros((size, length))
         for i in range(size):
@@ -94,16 +94,10 @@ def test_resize_samples_at_the_sources_that_define_it(shape, resize, source):
             m[i, min(int(x) + 1, length - 1)] += x % 1
         return m
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    got = fvd.preprocess(np.stack([x] * 3, -1)[None], resize, (0, 255))[:, 0]
+    got = fvd.preprocess(np.stack([x] * 3, -1)[None], *fvd.PROTOCOLS[protocol])[:, 0]
+    wanted = matrix(shape[0]) @ x @ matrix(shape[1]).T / 255 * (1 - low) + low
     assert got.shape == (3, 224, 224)
-    error = np.abs(got.numpy() - matrix(shape[0]) @ x @ matrix(shape[1]).T).max()
-    assert error < (2e-4 if resize == "tf1" else 1e-2)  # how torch rounds its ratio varies
-
-
-def test_protocols_differ_in_resize_and_range():
-    for name, resize, low in (("standard", "half-pixel", -1), ("original", "tf1", -1), ("paper", "tf1", 0)):
-        x, y = (fvd.preprocess(noise(1)[0], *how) for how in ((resize, (0, 255)), fvd.PROTOCOLS[name]))
-        assert torch.allclose(y, x / 255 * (1 - low) + low, atol=1e-6)
+    assert np.abs(got.numpy() - wanted).max() < (5e-5 if protocol == "standard" else 1e-6)
 
 
 def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
@@ -120,13 +114,6 @@ def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
             fvd.video_features(wrong, Pixels())
 
 
-def whitened(n, d, seed):
-    """n points of mean exactly 0 and covariance exactly 1 (over n - 1).    -> (n, d)"""
-    x = normal(n, d, seed)
-    q = torch.linalg.qr(x - x.mean(0)).Q
-    return (q - q.mean(0)) * (n - 1) ** 0.5
-
-
 @pytest.mark.parametrize("n, d", [(2, 400), (50, 400), (400, 400), (401, 400), (900, 400), (500, 20)])
 def test_distance_of_identical_sets_is_zero(n, d):
     x = normal(n, d) * torch.linspace(0, 3, d) + 5
@@ -139,7 +126,9 @@ def test_distance_of_identical_sets_is_zero(n, d):
 def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
     std1, std2 = torch.linspace(0.5, 3, d).double(), torch.linspace(2, 0.1, d).double()
     mean, rotation = torch.linspace(-1, 2, d).double(), torch.linalg.qr(normal(d, d, seed=3)).Q
-    a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
+    centred = lambda x: x - x.mean(0)
+    a, b = (torch.linalg.qr(centred(normal(*k))).Q * (k[0] - 1) ** 0.5 for k in ((n, d, 1), (m, d, 2)))
+    a, b = a * std1 @ rotation, (b * std2 + mean) @ rotation  # the covariances of both were exactly 1
     wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
     d = fvd.frechet_distance(a, b)
     assert abs(d / wanted - 1) < 1e-8
@@ -180,11 +169,11 @@ def test_weights_of_known_hash_are_loaded_and_others_refused_with_what_to_do(
     state = fvd.load_i3d(published).state_dict()
     assert all(torch.equal(state[name], value) for name, value in golden_net.state_dict().items())
     published.write_bytes(published.read_bytes()[:-100])
-    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the network was touched"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("the network was touched"))
     for path in (published, tmp_path / "missing.pt"):
         assert fvd.main([*map(str, sets), "--weights", str(path)]) == 2
         err = capsys.readouterr().err
-        assert all(word in err for word in ("truncated", fvd.STATE_DICT_URL, fvd.TORCHSCRIPT_URL, "a867b87ac3a909",
+        assert all(word in err for word in ("truncated", fvd.STATE_DICT_URL, fvd.TORCHSCRIPT_URL, "a867b87a",
                                             fvd.TORCHSCRIPT_SHA256, "--download", "--features random"))
     class Bomb:
         def __reduce__(self):
@@ -198,8 +187,7 @@ def test_weights_of_known_hash_are_loaded_and_others_refused_with_what_to_do(
 class Scripted(nn.Module):
     """The calling convention of the published TorchScript file."""
 
-    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
-                return_features: bool = False) -> torch.Tensor:
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = False):
         assert return_features and not rescale and not resize
         return x.mean((2, 3, 4))
 
@@ -207,10 +195,9 @@ class Scripted(nn.Module):
 def test_torchscript_is_told_apart_and_needs_a_known_hash(sets, capsys, tmp_path, monkeypatch):
     path, x = tmp_path / "net.pt", torch.rand(2, 3, 9, 4, 4)
     torch.jit.script(Scripted()).save(path)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="truncated"):
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
-        with pytest.raises(ValueError, match="truncated"):
-            fvd.load_i3d(path)
+        fvd.load_i3d(path)
     _, out, _ = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
     assert out.startswith("FVD ") and "may not be FVD" in out
     monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -239,14 +226,13 @@ def test_command_equals_the_library_and_prints_all_that_the_number_depends_on(se
             for x in (noise(6, t=20, seed=1)[:, :16], noise(6, t=16, seed=2, high=128)))
     assert result["value"] == pytest.approx(fvd.frechet_distance(a, b), rel=1e-6)
     assert result["kernel_value"] == pytest.approx(fvd.kernel_distance(a, b), rel=1e-6)
-    for word in (f"FD-random {result['value']:.6g}\nKD-random", protocol, "random weights", "6 videos", "equal N"):
+    for word in (f"FD-random {result['value']:.6g}\nKD", protocol, "random weights", "6 videos", "equal N"):
         assert word in out and "FVD" not in out + json.dumps(result)
-    assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
 
 
 def test_command_runs_i3d_itself_on_a_console_that_lacks_a_letter(tmp_path):
-    a, b = tmp_path / "\u4f60\u597d.npy", tmp_path / "b.npy"
-    np.save(a, noise(2, t=9)), np.save(b, noise(2, t=9, high=128))
+    np.save(a := tmp_path / "\u4f60\u597d.npy", noise(2, t=9))
+    np.save(b := tmp_path / "b.npy", noise(2, t=9, high=128))
     done = subprocess.run([sys.executable, fvd.__file__, a, b, "--frames", "9", "--features", "random"],
                           capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and b"\\u4f60\\u597d.npy" in done.stdout
@@ -269,8 +255,7 @@ def test_every_window_of_a_video_is_as_likely_and_is_taken_once():
 def test_seed_chooses_the_windows_and_unequal_numbers_of_clips_are_warned_about(sets, capsys):
     one, same, other = (score(capsys, *sets, "--seed", seed)[0]["value"] for seed in (1, 1, 2))
     assert one == same != other
-    result, out, _ = score(capsys, *sets, "--clips-per-video", 3)
-    assert (result["real"]["clips"], result["fake"]["clips"]) == (18, 6) and "unequal numbers" in out
+    assert "unequal numbers of clips, 18 and 6" in score(capsys, *sets, "--clips-per-video", 3)[1]
 
 
 def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, capsys, tmp_path):
@@ -291,8 +276,7 @@ def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, cap
 def test_saved_features_stand_for_the_real_set_and_other_settings_are_refused(sets, capsys, tmp_path):
     real, fake = sets
     first, _, _ = score(capsys, real, fake, "--save-features", tmp_path / "saved.npz")
-    for path in real.iterdir():
-        path.unlink()
+    real.rename(tmp_path / "gone")
     assert score(capsys, tmp_path / "saved.npz", fake)[0] == first
     for change in (("--protocol", "paper"), ("--frames", 12), ("--seed", 1), ("--window", "first")):
         assert "made with" in score(capsys, tmp_path / "saved.npz", fake, *change, rc=2)
@@ -302,14 +286,13 @@ def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
     real, fake = sets
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "one.npy", noise(1))
-    np.save(tmp_path / "short.npy", noise(5, t=7))
     for args, word in [
             ((tmp_path / "nowhere", fake), "no such"), ((tmp_path / "empty", fake), "no video"),
-            ((real, tmp_path / "one.npy"), "needs 2"), ((real, tmp_path / "short.npy"), "needs 2"),
-            ((real, fake, "--device", "toaster"), "toaster"), ((real, fake, "--json", tmp_path), "folder"),
+            ((real, tmp_path / "one.npy"), "needs 2"), ((real, fake, "--json", tmp_path), "folder"),
+            ((real, fake, "--device", "toaster"), "toaster"),
             ((real, fake, "--save-features", tmp_path / "no" / "c.npz"), "folder")]:
         assert word in score(capsys, *args, rc=2), args
     for change in (["--frames", "8"], ["--frames", "x"], ["--batch", "0"], ["--clips-per-video", "-1"]):
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit, match="2"):
             fvd.main([*map(str, sets), *change])
-        assert caught.value.code == 2 and change[0] in capsys.readouterr().err.splitlines()[-1]
+        assert change[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """Reading videos: what is intact comes out as 8-bit RGB, as players show it; what is damaged is named."""
 import os
+import re
 import subprocess
 
 import imageio.v3 as iio
@@ -87,7 +88,7 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
     cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 7)] + [-300, -60, -20, -1]
     starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 8)]
     noisy = [data[:k] + filler + data[k + 100:] for k in starts for filler in (noise, bytes(100))]
-    marks = [k for k, byte in enumerate(data) if byte == 0xA3]  # in an mkv some of them announce a frame
+    marks = [found.start() for found in re.finditer(b"\xa3", data)]  # in an mkv some of them announce a frame
     noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:4] + marks[-4:]]
     for changes, least in (([data[:k] for k in cuts], 7), (noisy, 1)):  # decoders may paint over noise
         refused = 0
@@ -168,12 +169,10 @@ def test_text_audio_empty_files_pickles_pipes_and_ambiguous_archives_are_refused
     assert "audio" in reason(ffmpeg("-f", "lavfi", "-i", "sine=d=1", tmp_path / "audio.mp4"))
     np.savez(tmp_path / "a.npz", real=moving_square(), fake=moving_square())
     assert "2 arrays" in reason(tmp_path / "a.npz")
-    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
-    os.mkfifo(tmp_path / "1.png")
-    os.mkfifo(tmp_path / "2.png")
-    assert "link" in reason(tmp_path / "lost.mp4") and "pipe" in reason(tmp_path / "1.png")
-    with pytest.raises(UnreadableVideo, match="pipe"):
-        read(tmp_path)  # as a folder of images
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "1.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert "link" in reason(tmp_path / "frames") and "pipe" in reason(tmp_path / "pipe.mp4")
 
 
 def folder_of(path, names):
@@ -206,10 +205,10 @@ def test_images_of_another_size_damaged_or_moving_are_named(tmp_path):
     iio.imwrite(folder / "2.png", np.zeros((9, 9, 3), np.uint8))
     assert "size" in reason(folder)
     save(folder / "2.png", moving_square(5))
-    for word in ("2.png: an animation", "2.png"):
-        with pytest.raises(UnreadableVideo, match=word):
-            read(folder)
-        (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    with pytest.raises(UnreadableVideo, match="2.png: an animation"):
+        read(folder)
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    assert reason(folder)
 
 
 def test_images_of_any_mode_are_shown_as_a_viewer_shows_them(tmp_path):
@@ -245,23 +244,28 @@ def test_every_layout_of_axes_is_recognised(tmp_path, suffix, axes):
     assert np.array_equal(np.stack(read(path)), video if "n" in axes else video[:1])
 
 
-def test_grey_and_rgba_arrays_become_rgb(tmp_path):
-    video, grey = moving_square(), moving_square()[..., 1:2]
-    for array, shown in ((grey[..., 0], grey), (grey, grey), (np.concatenate([video, grey], -1), video)):
-        assert (read_one(save(tmp_path / "a.npy", array)) == shown).all()
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble", ">f4", ">f8", "bfloat16"])
 @pytest.mark.parametrize("low", [0, -1])
 def test_floats_in_the_range_that_is_stated_come_back_to_the_same_bytes(tmp_path, dtype, low):
-    video, path = moving_square(), tmp_path / ("a.pt" if dtype == "bfloat16" else "a.npy")
+    video = moving_square()
     floats = video / 255 * (1 - low) + low
     if dtype == "bfloat16":
-        torch.save(torch.from_numpy(floats).bfloat16(), path)
+        torch.save(torch.from_numpy(floats).bfloat16(), path := tmp_path / "a.pt")
     else:
-        np.save(path, floats.astype(dtype))
+        path = save(tmp_path / "a.npy", floats.astype(dtype))
     assert np.abs(read_one(path, scale=(low, 1)).astype(int) - video).max() <= (dtype == "bfloat16")
     torch.from_numpy(np.array(fvd.load_array(path)))  # latents go this way
+
+
+def test_arrays_of_any_channels_become_rgb_and_what_is_no_video_of_bytes_or_floats_is_refused(tmp_path):
+    video, grey = moving_square(), moving_square()[..., 1:2]
+    for array, shown in ((grey[..., 0], grey), (grey, grey), (np.concatenate([video, grey], -1), video)):
+        assert (read_one(save(tmp_path / "a.npy", array)) == shown).all()
+    shapes = (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)
+    refused = [np.zeros(shape, np.uint8) for shape in shapes]
+    for array in (*refused, *map(video.astype, ("int64", "uint16", "bool", "complex64", "int8"))):
+        with pytest.raises(UnreadableVideo):
+            read(save(tmp_path / "a.npy", array), scale=(0, 1))
 
 
 def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_with_nan_are_named(tmp_path):
@@ -273,15 +277,6 @@ def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_w
         assert (np.stack([*read_frames(first), *read_frames(last)]) == 128).all()
         with pytest.raises(UnreadableVideo, match=r"a.npy\[1\]: .*NaN"):
             list(read_frames(bad))
-
-
-@pytest.mark.parametrize("array", [
-    *(np.zeros((10, 8, 8, 3), dtype) for dtype in ("int64", "uint16", "bool", "complex64", "int8")),
-    *(np.zeros(shape, np.uint8) for shape in (
-        (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)))])
-def test_arrays_that_are_no_videos_of_bytes_or_floats_are_refused(tmp_path, array):
-    with pytest.raises(UnreadableVideo):
-        read(save(tmp_path / "a.npy", array), scale=(0, 1))
 
 
 def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path):
