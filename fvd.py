@@ -167,7 +167,7 @@ def film_frames(path):
         table = [entry for entry in film.index_entries if entry.size]
         if kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
             wanted = sum(not entry.is_discard for entry in table)
-        elif kind == "matroska":  # it tells the time of the film's, or its own, end; B-frames may begin late
+        elif kind == "matroska":  # it tells its end in time and a constant rate; B-frames may begin late
             clock = film.metadata.get("DURATION") or f"0:0:{(ffmpeg.duration or 0) / 1e6}"
             hours, minutes, seconds = map(float, clock.split(":"))
             late = min(4, (film.start_time or 0) * film.time_base * rate) * film.codec_context.has_b_frames
@@ -631,7 +631,7 @@ def main(argv=None):
         result = run(args)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two are torch's
+    except (ValueError, OSError, zipfile.BadZipFile, RuntimeError, AssertionError) as error:
         print(f"fvd.py: {error}", file=sys.stderr)
         return 2
     print(f"{result['metric']} {result['value']:.6g}\n{result['kernel_metric']} {result['kernel_value']:.6g}")

@@ -262,16 +262,14 @@ def test_arrays_of_any_channels_become_rgb_and_what_is_no_video_of_bytes_or_floa
     for array, shown in ((grey[..., 0], grey), (grey, grey), (np.concatenate([video, grey], -1), video)):
         assert (read_one(save(tmp_path / "a.npy", array)) == shown).all()
     shapes = (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)
-    refused = [np.zeros(shape, np.uint8) for shape in shapes]
-    for array in (*refused, *map(video.astype, ("int64", "uint16", "bool", "complex64", "int8"))):
+    for array in (*map(np.zeros, shapes), *map(video.astype, ("int64", "uint16", "bool", "complex64"))):
         with pytest.raises(UnreadableVideo):
             read(save(tmp_path / "a.npy", array), scale=(0, 1))
 
 
 def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_with_nan_are_named(tmp_path):
     videos = np.full((3, 10, 8, 8, 3), 0.5, np.float32)
-    for word in ("--floats unit", "--floats symmetric"):
-        assert word in reason(save(tmp_path / "a.npy", videos))
+    assert re.search("--floats unit.*--floats symmetric", reason(save(tmp_path / "a.npy", videos)))
     for videos[1, 4, 2, 2, 0] in (np.nan, np.inf, 1.01, -0.01):
         first, bad, last = open_videos(save(tmp_path / "a.npy", videos), scale=(0, 1))
         assert (np.stack([*read_frames(first), *read_frames(last)]) == 128).all()
@@ -281,7 +279,7 @@ def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_w
 
 def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path):
     for name in ("b/10.gif", "b/9.gif", "b/sheet_1.png", "b/sheet_2.png", "preview.png", "a/c/x.GIF",
-                 "notes.txt", ".DS_Store", "._x.gif", ".git/y.gif"):
+                 "none/notes.txt", ".DS_Store", "._x.gif", ".git/y.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a/up").symlink_to(tmp_path)
@@ -289,10 +287,9 @@ def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path
     found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
     assert found == ["a/c/x.GIF", "b/9.gif", "b/10.gif"]
     assert find_videos(tmp_path / "._x.gif") == [tmp_path / "._x.gif"]
-    for folder, word in ((tmp_path / ".git" / "none", "no such"), (tmp_path / "empty", "no video")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
+    for folder, word in (("nowhere", "no such"), ("none", "no video")):
         with pytest.raises(UnreadableVideo, match=word):
-            find_videos(folder)
+            find_videos(tmp_path / folder)
 
 
 @pytest.mark.parametrize("name", ["sp ace", "\u4f60\u597d \u00fc", "new\nline", "-dash", "<bytes>", "a.zip",
