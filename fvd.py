@@ -3,13 +3,13 @@
     python fvd.py REAL FAKE --download                     FVD and KVD of two sets of videos
     python fvd.py REAL FAKE --features random              without weights: FD-random, not FVD
 
-REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library:
+REAL and FAKE are folders of videos, of arrays or of folders of images, or single files. As a library, with
+real and fake uint8 (n, t, h, w, 3):
 
     net = load_i3d("i3d_pretrained_400.pt")                or random_i3d()
     frechet_distance(video_features(real, net), video_features(fake, net))
 
-with real and fake uint8 (n, t, h, w, 3). Letters: n videos, t frames, h w height and width, c channels, d
-features (400).
+Letters: n videos, t frames, h w height and width, c channels, d features (400).
 
 References
   [1] Unterthiner et al., FVD, arXiv 1812.01717    [2] Carreira and Zisserman, I3D, arXiv 1705.07750
@@ -20,12 +20,11 @@ import contextlib
 import gc
 import hashlib
 import json
-import mmap
 import os
 import re
 import sys
 import zipfile
-from collections import Counter, deque, namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -48,19 +47,19 @@ from tqdm import tqdm
 VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-REWRITE = "rewrite it with: ffmpeg -i IN -c copy OUT.mp4"
 
-# One video, not decoded yet. name is printable: "samples.npz[3]" is the fourth of an array. decode() yields
-# uint8 (h, w, 3), or raises. scale holds what is black and what is white, if the video is an array of floats.
-Video = namedtuple("Video", "name decode scale", defaults=[()])
+TURNS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),  # EXIF's orientations
+         5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+Video = namedtuple("Video", "name decode")  # one video, not decoded yet; decode() yields uint8 (h, w, 3)
 
 
 class UnreadableVideo(ValueError):
-    """A source that holds no intact video. `name` says which, `reason` why, str() both."""
+    """A source that holds no intact video. `name` says which, `reason` why, str() both, printably."""
 
     def __init__(self, name, reason):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+        escaped = lambda text: "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+        self.name, self.reason = escaped(name), escaped(reason)
+        super().__init__(f"{self.name}: {self.reason}")
 
 
 @contextlib.contextmanager
@@ -77,11 +76,6 @@ def naming(name):
         raise UnreadableVideo(name, reason) from error
 
 
-def printable(path):
-    """The path with control characters and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
-
-
 def in_order(paths, suffixes=None):
     """The paths in natural order, frame_2 before frame_10; given suffixes, those that bear one openly."""
     natural = lambda path: [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", str(path))]
@@ -89,12 +83,12 @@ def in_order(paths, suffixes=None):
     return sorted(filter(wanted, paths), key=natural)
 
 
-def head(path, size):
-    """The first bytes of a file. Raises ValueError for what had better not be opened."""
+def head(path):
+    """The first 8 bytes of a file. Raises ValueError for what had better not be opened."""
     if not path.is_file():
-        raise ValueError("this is a pipe, socket or device" if path.exists() else "this is a dangling link")
+        raise ValueError("this is a pipe, a socket, a device or a dangling link")
     with open(path, "rb") as raw:
-        return raw.read(size)
+        return raw.read(8)
 
 
 def find_videos(root):
@@ -102,9 +96,9 @@ def find_videos(root):
 
     A source is a file with a suffix above, or a folder of several images without such a file, one per frame.
     Links are followed, each folder once. Raises UnreadableVideo if there is no source."""
-    root, found, held, seen = Path(root), [], Counter(), set()
+    root, found, seen = Path(root), [], set()
     if not os.path.lexists(root):
-        raise UnreadableVideo(printable(root), "there is no such file or folder")
+        raise UnreadableVideo(root, "there is no such file or folder")
     if not root.is_dir():
         return [root]
     unlisted = lambda error: found.append(Path(error.filename))  # open_videos will say why
@@ -115,26 +109,28 @@ def find_videos(root):
         paths = [] if again else [Path(folder, name) for name in files]
         several = len(in_order(paths, IMAGE_SUFFIXES)) > 1  # a single one is a preview
         found += in_order(paths, VIDEO_SUFFIXES + ARRAY_SUFFIXES) or [Path(folder)] * several
-        held.update(path.suffix or path.name for path in paths)
     if not found:
-        raise UnreadableVideo(printable(root), f"no video in it, but {dict(held.most_common(5))}; wanted are "
-                              f"{' '.join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)} or folders of images")
+        raise UnreadableVideo(root, "no video in it: no film, array, or folder of images")
     return in_order(found)
 
 
 def open_videos(path, scale=None):
-    """The videos of one source, without decoding them.    path -> list of Video
+    """The videos of one source, without decoding them.    path -> list of Video. Raises UnreadableVideo
 
-    `scale` is (low, high), the values of black and white in float arrays; without it a file is (0, 1) if all
-    of it is within, else (-1, 1). Raises UnreadableVideo; never opens a pipe or device."""
-    path, name = Path(path), printable(path)
-    with naming(name):
+    `scale` is (low, high), the values of black and white in arrays of floats. Nothing in them tells it."""
+    path = Path(path)
+    with naming(path):
         if path.is_dir():
-            return [Video(name, partial(folder_frames, path))]
-        drawn = head(path, 4) == b"GIF8" or path.suffix.lower() in IMAGE_SUFFIXES
-        if path.suffix.lower() in ARRAY_SUFFIXES:
-            return array_videos(path, scale)
-        return [Video(name, partial(pictures if drawn else film_frames, path))]
+            return [Video(path, partial(folder_frames, path))]
+        drawn = head(path).startswith(b"GIF8") or path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() not in ARRAY_SUFFIXES:
+            return [Video(path, partial(pictures if drawn else film_frames, path))]
+        array = channels_last(load_array(path))
+        if array.size == 0 or array.dtype != np.uint8 and not (array.dtype.kind == "f" and scale):
+            raise ValueError(f"{array.dtype} of shape {array.shape}; save uint8 in 0..255, or floats and "
+                             "give --floats unit (black is 0, white 1) or --floats symmetric (-1, 1)")
+        shown = partial(rgb8, scale=scale)
+        return [Video(f"{path}[{i}]", partial(map, shown, video)) for i, video in enumerate(array)]
 
 
 def read_frames(video):
@@ -146,8 +142,6 @@ def read_frames(video):
             if len(shapes) > 1:
                 raise ValueError("a frame has another size than the frames before it")
             yield frame
-        if not shapes:
-            raise ValueError("no frame in it")
 
 
 def film_frames(path):
@@ -169,20 +163,20 @@ def film_frames(path):
                     turn = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist() if matrix else TURNS[1]
                 frames += 1
                 yield upright(frame.to_ndarray(format="rgb24"), *turn)
-        kind, table = ffmpeg.format.name.split(",")[0], [entry for entry in film.index_entries if entry.size]
+        kind, given, wanted, rate = ffmpeg.format.name.split(",")[0], frames, 0, film.average_rate or 0
+        table = [entry for entry in film.index_entries if entry.size]
         if kind == "mov" and film.frames:  # an edit list marks frames that are not to be shown
-            given, wanted = frames, sum(not entry.is_discard for entry in table)
-        elif kind in ("matroska", "avi"):
-            given, wanted = packets, matroska_blocks(path, film.index) if kind == "matroska" else len(table)
-        else:
-            raise ValueError(f"a lost end of this kind of file would go unseen; {REWRITE}")
-        short = kind == "avi" and os.path.getsize(path) < 8 + int.from_bytes(head(path, 8)[4:], "little")
-        if short or given != wanted:
-            raise ValueError(f"{given} frames come out of the {wanted} it declares; it is damaged or cut off")
-
-
-TURNS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),  # EXIF's orientations
-         5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+            wanted = sum(not entry.is_discard for entry in table)
+        elif kind == "matroska":  # it tells its end in time and a constant rate; B-frames may begin late
+            clock = film.metadata.get("DURATION") or f"0:0:{(ffmpeg.duration or 0) / 1e6}"
+            hours, minutes, seconds = map(float, clock.split(":"))
+            late = min(4, (film.start_time or 0) * film.time_base * rate) * film.codec_context.has_b_frames
+            wanted = round((3600 * hours + 60 * minutes + seconds) * rate - late)
+        elif kind == "avi" and os.path.getsize(path) >= 8 + int.from_bytes(head(path)[4:], "little"):
+            given, wanted = packets, len(table)
+        if not given == wanted > 0:
+            raise ValueError(f"{given} frames come out, and it declares {wanted or 'no number'}; it is "
+                             "damaged or cut off; if it is whole, rewrite it by ffmpeg -i IN -c copy OUT.mp4")
 
 
 def upright(pixels, a, b, c, d):
@@ -192,49 +186,20 @@ def upright(pixels, a, b, c, d):
     return np.ascontiguousarray(pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
-def matroska_blocks(path, stream):
-    """Number of blocks (frames) of a stream of an mkv or webm, without decoding.    -> int
-
-    The file is a tree of elements: name, size, content. Leading zeros tell how long a name or a size is."""
-    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at, end, tracks, blocks, names = 0, len(data), [], Counter(), ()
-        while at < min(end, len(data)):
-            start = at + 9 - data[at].bit_length()
-            name, at = data[at:start].hex(), start + 9 - data[start].bit_length()
-            size = int.from_bytes(data[start:at], "big") - (1 << 7 * (at - start))  # without its mark
-            if name == "18538067":  # the segment, in which all the others are
-                end = at + size
-            elif name == "1f43b675":  # a cluster of blocks, and what else it may hold
-                names = "e7 a7 ab bf ec 5854 a3 a0 a1 9b fb fd fa a4 75a1 75a2".split()
-            elif names and len(name) < 8 and name not in names:
-                break
-            elif name not in ("1654ae6b", "ae", "a0"):  # they hold tracks or a block
-                if name == "d7":
-                    tracks.append(data[at + size - 1])
-                if name in ("a1", "a3"):  # a block, led by the number of its track
-                    blocks[data[at] - 128] += 1
-                at += size
-        if at != end:
-            raise ValueError(f"it is damaged, truncated, or declares no length; if it is whole, {REWRITE}")
-        return blocks[tracks[stream]]
-
-
 def pictures(path):
     """The pictures of a gif, or of any file of images, by Pillow.    path -> yields uint8 (h, w, 3)"""
-    start = head(path, 4)
+    gif = head(path).startswith(b"GIF8")
     with open(path, "rb") as raw, imopen(raw, "r", plugin="pillow") as file:
-        jpeg = start[:2] == b"\xff\xd8"  # one picture, even if it is there for both eyes
-        count = 1 if jpeg else file.properties(index=...).n_images
-        if start == b"GIF8" and count != gif_count(path.read_bytes()):
+        count = file.properties(index=...).n_images
+        if gif and count != gif_count(path.read_bytes()):
             raise ValueError("pictures of the gif are missing; it is damaged")
         for k in range(count):
             mode = file.metadata(index=k)["mode"]
             if mode in ("I", "F"):
                 raise ValueError(f"pixels of Pillow's mode {mode}; wanted are 8 or 16 bits")
-            deep = mode.startswith("I;16")  # 65535 = 255 * 257
-            pixels = file.read(index=k, mode=None if deep else "RGB")
-            turn = file.metadata(index=k, exclude_applied=False).get("Orientation")
-            yield rgb8(upright((pixels / 257).round() if deep else pixels, *TURNS.get(turn, TURNS[1])))
+            pixels = file.read(index=k, mode=None if mode.startswith("I;16") else "RGB")
+            turn = file.metadata(index=k, exclude_applied=False).get("Orientation")  # Pillow obeys a tiff's
+            yield rgb8(upright(pixels, *TURNS.get(turn, TURNS[1])), scale=(0, 65535))
 
 
 def gif_count(data):
@@ -258,41 +223,21 @@ def folder_frames(folder):
     """The images of a folder, in natural order.    path -> yields uint8 (h, w, 3)
 
     Numbers in their names tell if some are missing, by the digits that vary: not those of a camera or a size.
-    Time stamps may have gaps: they are above 10^9, or have large steps, no multiples of the smallest."""
+    A gap is a multiple of the smallest step. Time stamps may have gaps: they are above 10^9."""
     paths = in_order(folder.iterdir(), IMAGE_SUFFIXES)
     columns = zip(*(re.findall("[0-9]+", path.stem) for path in paths))
-    varying = (column for column in columns if len(set(column)) > 1)
-    numbers = [int("".join(digits)) for digits in zip(*varying)]
+    numbers = [int("".join(digits)) for digits in zip(*(c for c in columns if len(set(c)) > 1))]
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
     usual = max(1, min(steps, default=1))
-    stamps = numbers[:1] > [10**9] or usual > 9 and np.gcd.reduce(steps) != usual
     for step, before, after in zip(steps, paths, paths[1:]):
-        if step < 1 or step != usual and not stamps:
-            raise ValueError(printable(f"frames are missing or mixed: {after.name} follows {before.name}"))
+        if step < 1 or step != usual and step % usual == 0 and numbers[0] < 10**9:
+            raise ValueError(f"frames are missing or mixed: {after.name} follows {before.name}")
     for path in paths:
-        with naming(printable(path)):
+        with naming(path):
             frame, *others = islice(pictures(path), 2)
             if others:
                 raise ValueError("an animation among the frames of a folder; move it out")
             yield frame
-
-
-def array_videos(path, scale):
-    """The videos of an array file.    path, (low, high) or None -> list of Video"""
-    array, name = channels_last(load_array(path)), printable(path)
-    floats = array.dtype.kind == "f"
-    if array.size == 0 or not floats and array.dtype != np.uint8:
-        raise ValueError(f"{array.dtype} of shape {array.shape}; save uint8 in 0..255, or float")
-    if floats and scale is None:
-        finite = (video[np.isfinite(video)] for video in array)  # read_frames names those with NaN
-        ends = [end for video in finite if video.size for end in (video.min(), video.max())]
-        low, high = min(ends, default=0), max(ends, default=0)
-        if low < -1.001 or high > 1.001:  # rounding may step over the ends by 0.001
-            raise ValueError(f"floats from {low:.4g} to {high:.4g}, neither [0, 1] nor [-1, 1]; save uint8")
-        scale = (0, 1) if low >= -0.001 else (-1, 1)
-    shown, scale = (partial(rgb8, scale=scale), scale) if floats else (rgb8, ())
-    return [Video(name if len(array) == 1 else f"{name}[{i}]", partial(map, shown, clip), scale)
-            for i, clip in enumerate(array)]
 
 
 def load_array(path):
@@ -318,24 +263,24 @@ def channels_last(array):
 
     Taken are (t, h, w) grey; (t, h, w, c), (c, t, h, w), (t, c, h, w); and (n, t, h, w, c), (n, c, t, h, w),
     (n, t, c, h, w). The last axis comes first, and among the others c = 3 before 1 before 4."""
-    view = array[None] if array.ndim == 4 else array
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         return array[None, ..., None]
+    view = array[None] if array.ndim == 4 else array
     for axis, c in [(4, 3), (4, 1), (4, 4), (1, 3), (2, 3), (1, 1), (2, 1), (1, 4), (2, 4)]:
         if view.ndim == 5 and view.shape[axis] == c:
             return np.moveaxis(view, axis, -1)
     raise ValueError(f"shape {tuple(array.shape)} is no video's; save (t, h, w, c) or (n, t, h, w, c)")
 
 
-def rgb8(frame, scale=()):
+def rgb8(frame, scale=None):
     """8-bit RGB of a frame of an array; alpha is dropped.    (h, w) or (h, w, 1..4) -> uint8 (h, w, 3)"""
-    if scale:
+    if frame.dtype != np.uint8:
         low, high = scale
-        if not np.isfinite(frame).all():
-            raise ValueError("it holds NaN or infinite values")
+        if not (frame.min() >= low - 0.001 and frame.max() <= high + 0.001):  # rounding steps over the ends
+            raise ValueError(f"it holds values outside of {low}..{high}, as --floats has it, or NaN")
         frame = ((frame.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255)
-    frame = frame if frame.ndim == 3 else frame[..., None]
-    return np.array(frame[..., :3] if frame.shape[-1] >= 3 else frame[..., [0, 0, 0]], dtype=np.uint8)
+    frame = np.atleast_3d(frame)[..., :3]
+    return np.array(frame if frame.shape[-1] == 3 else frame[..., [0, 0, 0]], dtype=np.uint8)
 
 
 # -----------------------------------------------------------------------------
@@ -429,10 +374,9 @@ TORCHSCRIPT = "i3d_torchscript.pt"
 TORCHSCRIPT_URL = "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt"
 TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fvd", STATE_DICT)
-BY_HAND = f"""Get one of these, pass it as --weights FILE, or let --download fetch the first to {WEIGHTS} :
+BY_HAND = f"""Get one of these as --weights FILE, or the first by --download, or do with --features random:
   {STATE_DICT_URL}, `git hash-object` {STATE_DICT_GIT_SHA1}
-  {TORCHSCRIPT_URL}, sha256 {TORCHSCRIPT_SHA256}
-Or score without weights by --features random."""
+  {TORCHSCRIPT_URL}, sha256 {TORCHSCRIPT_SHA256}"""
 
 
 def published(path):
@@ -444,27 +388,18 @@ def published(path):
     return TORCHSCRIPT if sha256 == TORCHSCRIPT_SHA256 else f"unknown, sha256 {sha256}"
 
 
-class TorchScriptI3D(nn.Sequential):
-    """The program of the TorchScript file, called as I3D is.    x (n, 3, t, 224, 224) -> (n, 400)"""
-
-    def forward(self, x):
-        return self[0](x=x, rescale=False, resize=False, return_features=True)
-
-
 def load_i3d(path, allow_unknown=False):
     """I3D with the weights of a published file, or else ValueError.    path -> nn.Module"""
-    which = published(path) if os.path.isfile(path) else None
-    if which is None or "unknown" in which and not allow_unknown:
-        raise ValueError(f"{path}: this file is missing, truncated, or another one than the published ones, "
-                         f"which --allow-unknown-weights takes all the same. {BY_HAND}")
+    if not os.path.isfile(path) or "unknown" in published(path) and not allow_unknown:
+        raise ValueError(f"{path}: missing, truncated or unknown (see --allow-unknown-weights). {BY_HAND}")
     if zipfile.is_zipfile(path) and any("/code/" in k for k in zipfile.ZipFile(path).namelist()):
-        return TorchScriptI3D(torch.jit.load(path, map_location="cpu").eval())
+        net = nn.Sequential(torch.jit.load(path, map_location="cpu").eval())
+        net.forward = lambda x: net[0](x=x, rescale=False, resize=False, return_features=True)
+        return net
     net = I3D()
-    try:
+    with naming(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if "num_batches_tracked" not in k})
-    except Exception as error:  # an unknown file may hold anything: pickle, zip, other tensors
-        raise ValueError(f"{path}: this is no state dict of I3D. {BY_HAND}") from error
     return net
 
 
@@ -472,8 +407,8 @@ def random_i3d(seed=0):
     """I3D with random weights [5], the same on every machine: ranks videos, but is not FVD.    seed -> I3D"""
     net, random = I3D(), np.random.RandomState(seed)  # RandomState's stream never changes
     for name, value in sorted(net.state_dict().items()):
-        he = 0.6 * (2 / value[0].numel()) ** 0.5  # He's scale, times 0.6 for the four branches summed
-        std = he if name.endswith("conv3d.weight") else 0.1
+        # Of a convolution He's scale, times 0.6 for the four branches summed.
+        std = 0.6 * (2 / value[0].numel()) ** 0.5 if name.endswith("conv3d.weight") else 0.1
         if name.endswith("running_var"):
             value.copy_(torch.from_numpy(random.uniform(0.05, 1.5, value.shape)))
         elif not name.endswith("bn.weight"):
@@ -482,20 +417,13 @@ def random_i3d(seed=0):
 
 
 def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
-    """Fetch the state dict, verify it, move it to `path`, unless it is there already. Raises ValueError."""
-    if os.path.exists(path) and published(path) == STATE_DICT:
-        return
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        if published(part) != STATE_DICT:
-            raise ValueError(f"what came is not {STATE_DICT}: cut off, or a proxy's page")
-        os.replace(part, path)
-    except Exception as error:  # of the disk, of the network or of HTTP
-        raise ValueError(f"{url}: the download failed ({error}). {BY_HAND}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    """Fetch the state dict, unless it is at `path` already; load_i3d verifies it. Raises ValueError."""
+    if not (os.path.exists(path) and published(path) == STATE_DICT):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))  # under another name until all of it is there
+        except Exception as error:  # of the disk, of the network or of HTTP
+            raise ValueError(f"{url}: the download failed ({error}). {BY_HAND}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -510,6 +438,7 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
 # code of [3], whose line 2 x - 1 is commented out.
 
 RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
+SETTINGS = ("protocol", "frames", "clips", "window", "seed")  # that a number depends on, beside the network
 PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "original": ("tf1", (-1, 1)), "paper": ("tf1", (0, 1))}
 
 
@@ -543,14 +472,14 @@ def video_features(clips, net, resize="half-pixel", value_range=(-1, 1), batch=8
     `net` is on `device`. Clips may differ in size, not in length; an iterator is taken as it goes, so memory
     does not grow with n. Float clips (3, t, 224, 224) have been preprocessed. Float32 throughout, even within
     an autocast. Needs: preprocess."""
-    clips, features = iter(clips), [torch.empty(0)]
+    clips, features = iter(clips), [torch.empty(0)]  # there may be no clips
     exact = torch.autocast(torch.device(device).type, enabled=False)
     with exact, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 errs by 1e-3
         while group := [torch.as_tensor(clip) for _, clip in zip(range(batch), clips)]:
             x = [clip if clip.dtype == torch.float32 else preprocess(clip.to(device), resize, value_range)
                  for clip in group]
             features.append(net(torch.stack(x).to(device)).cpu().double())  # (batch, d)
-    return torch.cat(features[1:] or features)
+    return torch.cat(features)
 
 
 # -----------------------------------------------------------------------------
@@ -570,10 +499,8 @@ def frechet_distance(a, b):
     The fewer they are, the higher it is for two samples of one distribution: compare equal n only."""
     means, roots = [], []
     for x in (torch.as_tensor(a).cpu().double(), torch.as_tensor(b).cpu().double()):
-        if x.ndim != 2 or len(x) < 2:
-            raise ValueError(f"a covariance needs features (n >= 2, d), not {tuple(x.shape)}")
-        if rows := (~x.isfinite().all(1)).nonzero().flatten().tolist():
-            raise ValueError(f"the features of clips {rows[:10]} are NaN or infinite")
+        if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
+            raise ValueError(f"a covariance needs finite features (n >= 2, d), not {tuple(x.shape)} or NaN")
         means.append(x.mean(0))
         root = (x - means[-1]) / (len(x) - 1) ** 0.5            # (n, d)
         roots.append(torch.linalg.qr(root).R if len(x) > x.shape[1] else root)
@@ -591,101 +518,99 @@ def kernel_distance(a, b):
 
 
 # -----------------------------------------------------------------------------
-# 6. Scoring a set
+# 6. The command
 #
-# Two threads decode videos ahead of the network, and a bounded number waits.
+# A group of videos is decoded in parallel, then the network sees their clips.
 # Frames are brought to 224 x 224 as they come. So memory is bounded.
 
-def cut_clips(video, frames, clips, window, protocol, rng):
-    """Windows of a video, decoded once.    -> list of float (3, t, 224, 224), "WxH". Raises UnreadableVideo
+def cut_clips(video, seed, args):
+    """Windows of a video, at most args.clips.    -> list of float (3, t, 224, 224). Raises UnreadableVideo
 
-    The length is known at the end only. So window k takes one of the `clips` places with probability
+    The length is known at the end only. So random window k takes one of the places with probability
     clips / (k + 1): at the end all windows were equally likely."""
-    chosen, growing = {}, deque()
-    for k, frame in enumerate(read_frames(video)):
-        drawn = k if k < clips else int(rng.integers(k + 1))
-        first = clips if k % frames else k // frames
-        place = drawn if window == "random" else first
-        if place < clips:
-            growing.append((place, []))
-        if growing:
-            small = preprocess(frame[None], *PROTOCOLS[protocol])  # (3, 1, 224, 224)
-            for _, parts in growing:
-                parts.append(small)
-            if len(growing[0][1]) == frames:
-                place, parts = growing.popleft()
-                chosen[place] = parts
+    latest, chosen, rng = deque(maxlen=args.frames), {}, np.random.default_rng(seed)
+    for k, frame in enumerate(read_frames(video), 1 - args.frames):  # the last frame of window k
+        latest.append(preprocess(frame[None], *PROTOCOLS[args.protocol]))  # (3, 1, 224, 224)
+        if args.window == "first":
+            place = args.clips if k % args.frames else k // args.frames
+        else:
+            place = k if k < args.clips else rng.integers(k + 1)
+        if 0 <= k and place < args.clips:
+            chosen[place] = torch.cat([*latest], dim=1)
     if not chosen:
-        raise UnreadableVideo(video.name, f"shorter than --frames {frames}; 9 is the least that I3D takes")
-    return [torch.cat(parts, dim=1) for parts in chosen.values()], "{1}x{0}".format(*frame.shape)
+        raise UnreadableVideo(video.name, f"shorter than --frames {args.frames}; I3D takes at least 9")
+    return [*chosen.values()]
 
 
-def measure(root, net, scale=None, batch=8, device="cpu", strict=False, seed=0, **cutting):
-    """Features of a set of videos, and the facts about the set.    path -> (n, d), dict
+def measure(root, net, args, settings):
+    """Features of a set, and facts about it; --save-features may have kept them.    path -> (n, d), dict
 
-    `cutting` are settings of cut_clips. Damaged and short videos are named on stderr and left out. Raises
-    ValueError if too few are left, if any was left out and `strict`, or if floats seem to differ in range."""
-    sources, left_out = find_videos(root), []
-    facts = {"path": printable(root), "videos": 0, "clips": 0, "resolutions": Counter(), "values": Counter(),
-             "compressed": 0}
+    Damaged and short videos are named on stderr and left out, or raise UnreadableVideo if args.strict."""
+    if os.path.isfile(root) and zipfile.is_zipfile(root) and "settings" in (saved := np.load(root)):
+        if json.loads(str(saved["settings"])) != settings:
+            raise ValueError(f"{root}: made with {saved['settings']}, not with {json.dumps(settings)}")
+        return torch.from_numpy(saved["features"]), json.loads(str(saved["facts"]))
+    sources, facts = find_videos(root), {"path": root, "videos": 0, "clips": 0}
 
-    def attempt(function, *args, **options):
+    def attempt(function, *inputs):
         try:
-            return function(*args, **options)
+            return function(*inputs)
         except UnreadableVideo as error:
+            if args.strict:
+                raise
             tqdm.write(f"left out: {error}", file=sys.stderr)
-            left_out.append([error.name, error.reason])
             return []
 
-    def cut():
-        with ThreadPoolExecutor(2) as pool:
-            submit = partial(pool.submit, attempt, cut_clips, **cutting)
-            jobs = ((video, submit(video, rng=np.random.default_rng([seed, i, j])))
-                    for i, source in enumerate(sources)
-                    for j, video in enumerate(attempt(open_videos, source, scale)))
-            jobs, waiting = iter(tqdm(jobs, facts["path"][-30:], unit=" videos")), deque()
-            while waiting.extend(islice(jobs, batch + 1 - len(waiting))) or waiting:
-                video, job = waiting.popleft()
-                clips, size = job.result() or ([], None)
-                if clips:
-                    facts["videos"] += 1
-                    facts["resolutions"][size] += 1
-                    facts["values"][f"float in {list(video.scale)}" if video.scale else "uint8"] += 1
-                    facts["compressed"] += video.name.lower().endswith(VIDEO_SUFFIXES)
-                if len(facts["values"].keys() - {"uint8"}) > 1:
-                    raise ValueError(f"{video.name}: floats seem to be in another range than those before; "
-                                     "say what all are by --floats unit or --floats symmetric")
-                yield from clips
+    def clips():
+        videos = ((video, [args.seed, i, j], args) for i, source in enumerate(sources)
+                  for j, video in enumerate(attempt(open_videos, source, RANGES.get(args.floats))))
+        videos = iter(tqdm(videos, root[-30:], unit=" videos"))
+        with ThreadPoolExecutor(4) as pool:
+            while group := list(islice(videos, args.batch)):
+                for some in pool.map(partial(attempt, cut_clips), *zip(*group)):
+                    facts["videos"] += len(some) > 0
+                    facts["clips"] += len(some)
+                    yield from some
 
-    features = video_features(cut(), net, batch=batch, device=device)
-    facts["clips"], facts["left_out"] = len(features), sorted(left_out)
-    if strict and left_out or len(features) < 2:
-        raise ValueError(f"{facts['path']}: {len(left_out)} videos were left out, which --strict forbids, or "
-                         f"of which too few remain: a covariance needs 2 clips, not {len(features)}")
+    features = video_features(clips(), net, batch=args.batch, device=args.device)
+    if len(features) < 2:
+        raise ValueError(f"{root}: a covariance needs 2 clips, not {len(features)}; was any left out above?")
     return features, facts
 
 
-def saved_features(path, settings):
-    """What --save-features wrote, or None if this is another file.    -> (n, d), facts. Raises ValueError"""
-    if Path(path).suffix == ".npz" and zipfile.is_zipfile(path):
-        with np.load(path, allow_pickle=False) as file:
-            if "settings" in file:
-                if settings != (saved := json.loads(str(file["settings"]))):
-                    raise ValueError(f"{path}: made with {saved}, not with {settings}")
-                return torch.from_numpy(file["features"]), json.loads(str(file["facts"]))
+def run(args):
+    """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
+    find_videos(args.real), find_videos(args.fake)  # a wrong name is found before the work
+    for file in map(Path, filter(None, (args.json, args.save_features))):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
+    known = args.features == "i3d"
+    if known and args.download:
+        download_weights(args.weights)
+    net = (load_i3d(args.weights, args.allow_unknown_weights) if known else random_i3d()).to(args.device)
+    network = published(args.weights) if known else "I3D with random weights (seed 0)"
+    settings = {"network": network, **{name: getattr(args, name) for name in SETTINGS}}
+    a, real = measure(args.real, net, args, settings)
+    if args.save_features:
+        np.savez(args.save_features, features=a, facts=json.dumps(real), settings=json.dumps(settings))
+    b, fake = measure(args.fake, net, args, settings)
+    warnings = {
+        "small sets score high, two of one Gaussian 552 at N = 64, 81 at 1000: compare equal N only": True,
+        "the weights are not a published file: the number may not be FVD": "unknown" in network,
+        f"unequal numbers of clips, {real['clips']} and {fake['clips']}": real["clips"] != fake["clips"]}
+    return {"metric": "FVD" if known else "FD-random", "value": frechet_distance(a, b),
+            "kernel_metric": "KVD" if known else "KD-random", "kernel_value": kernel_distance(a, b),
+            **settings, "real": real, "fake": fake, "warnings": [text for text in warnings if warnings[text]]}
 
 
-# -----------------------------------------------------------------------------
-# 7. The command
-
-def parse(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Frechet Video Distance of two sets of videos.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("real", help="folder or file of real videos, or what --save-features wrote")
     add("fake", help="folder or file of generated videos: films, arrays (n, t, h, w, c), folders of images")
     add("--protocol", choices=PROTOCOLS, default="standard", help="original: TF1's resize; paper: and [0, 1]")
-    add("--floats", choices=RANGES, help="[-1, 1] or [0, 1] in all arrays; without it, each file tells")
+    add("--floats", choices=RANGES, help="what floats in arrays mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--frames", type=int, default=16, metavar="T", help="of a clip, at least 9 for I3D")
     add("--clips-per-video", type=int, default=1, metavar="K", help="at most", dest="clips")
     add("--window", choices=["random", "first"], default="random", help="which frames of a video")
@@ -702,64 +627,18 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.frames < 9 or args.clips < 1 or args.batch < 1:
         parser.error("--frames must be at least 9, and --clips-per-video and --batch at least 1")
-    return args
-
-
-def run(args):
-    """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
-    save, names = args.save_features, ("FVD", "KVD")
-    for file in map(Path, filter(None, (args.json, save))):
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
-    if save and (not save.endswith(".npz") or Path(args.real).resolve() in Path(save).resolve().parents):
-        raise ValueError(f"--save-features {save} must end in .npz and lie outside of REAL")
-    find_videos(args.real), find_videos(args.fake)  # a wrong name is found before weights are fetched
-    if args.download and args.features == "i3d":
-        download_weights(args.weights)
-    if args.features == "i3d":
-        net, network = load_i3d(args.weights, args.allow_unknown_weights), published(args.weights)
-    else:
-        net, network, names = random_i3d(), "I3D with random weights (seed 0)", ("FD-random", "KD-random")
-    settings = {name: getattr(args, name) for name in ("protocol", "frames", "clips", "window", "seed")}
-    score = partial(measure, net=net.to(args.device), scale=RANGES.get(args.floats), batch=args.batch,
-                    device=args.device, strict=args.strict, **settings)
-    settings = {"network": network, **settings}
-    a, real = saved_features(args.real, settings) or score(args.real)
-    if save:
-        with open(f"{save}.part", "wb") as part:
-            np.savez(part, features=a.numpy(), facts=json.dumps(real), settings=json.dumps(settings))
-        os.replace(part.name, save)
-    b, fake = score(args.fake)
-    warnings = {
-        "small sets score high: two samples of one Gaussian in 400 dimensions are 552 apart at N = 64, 81 at "
-        "N = 1000; compare numbers of equal N only": True,
-        "the weights are not a published file: the number may not be FVD": "unknown" in network,
-        f"unequal numbers of clips, {real['clips']} and {fake['clips']}": real["clips"] != fake["clips"],
-        "unequal resolutions: resizing alone raises the distance":
-            real["resolutions"].keys() != fake["resolutions"].keys(),
-        "FAKE is compressed video, which raises the distance; score arrays instead": fake["compressed"]}
-    return {"metric": names[0], "value": frechet_distance(a, b), "kernel_metric": names[1],
-            "kernel_value": kernel_distance(a, b), **settings, "resize": PROTOCOLS[args.protocol][0],
-            "range": list(PROTOCOLS[args.protocol][1]), "real": real, "fake": fake,
-            "warnings": [text for text, holds in warnings.items() if holds]}
-
-
-def main(argv=None):
-    args = parse(argv)
     try:
         result = run(args)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two are torch's
-        hint = "" if isinstance(error, (ValueError, OSError)) else " (lower --batch, or try --device cpu)"
-        print(f"fvd.py: {error}{hint}", file=sys.stderr)
+    except (ValueError, OSError, zipfile.BadZipFile, RuntimeError, AssertionError) as error:
+        print(f"fvd.py: {error}", file=sys.stderr)
         return 2
     print(f"{result['metric']} {result['value']:.6g}\n{result['kernel_metric']} {result['kernel_value']:.6g}")
-    for name in ("network", "protocol", "resize", "range", "frames", "clips", "window", "seed"):
+    for name in ("network", *SETTINGS):
         print(f"  {name:9} {result[name]}")
-    for name, facts in (("real", result["real"]), ("fake", result["fake"])):
-        values = ", ".join([*facts["resolutions"], *facts["values"]])
-        print(f"  {name:9} {facts['videos']} videos, {facts['clips']} clips, {values}: {facts['path']}")
+    for name in ("real", "fake"):
+        print("  {:9} {videos} videos, {clips} clips: {path}".format(name, **result[name]))
     for warning in result["warnings"]:
         print(f"  warning   {warning}")
     return 0

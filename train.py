@@ -213,8 +213,6 @@ def resize(frame, size, antialias=True):
 def read_source(source, args):
     """The videos of a source, decoded lazily.    -> yields iterators over frames. Raises UnreadableVideo"""
     for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
-        if video.scale and not args.floats:
-            raise UnreadableVideo(source, "floats: give --floats unit (black is 0) or symmetric (-1)")
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
     if args.latents:
         with naming(source):

@@ -3,11 +3,10 @@ import hashlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
+from argparse import Namespace
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -73,8 +72,7 @@ def test_i3d_equals_the_original_graph(golden_net, t, first, mean, norm):
 
 def test_i3d_has_the_tensors_of_the_published_state_dict_and_takes_nine_frames(golden_net):
     state = golden_net.state_dict()
-    assert len(state) == 287 and not any("num_batches" in name for name in state)
-    assert sum(p.numel() for p in golden_net.parameters()) == 12697264
+    assert len(state) == 287 and sum(p.numel() for p in golden_net.parameters()) == 12697264
     assert state["Mixed_4e.b1b.conv3d.weight"].shape == (288, 144, 3, 3, 3)
     assert golden_net(torch.zeros(1, 3, 9, 224, 224)).shape == (1, 400)
     for shape in ((1, 3, 8, 224, 224), (1, 3, 9, 112, 112), (1, 1, 9, 224, 224)):
@@ -82,40 +80,23 @@ def test_i3d_has_the_tensors_of_the_published_state_dict_and_takes_nine_frames(g
             golden_net(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("k, s", [(7, 2), (3, 2), (2, 2), (3, 1), (1, 1), (1, 2)])
-def test_same_padding_follows_its_definition(k, s):
-    for size in range(1, 20):
-        total = max((-(-size // s) - 1) * s + k - size, 0)  # TensorFlow: the output has ceil(size / s)
-        got = fvd.same_pad(torch.ones(1, 1, size, 5, 5), (k, 1, 1), (s, 1, 1))[0, 0, :, 0, 0]
-        assert got.tolist() == [0] * (total // 2) + [1] * size + [0] * (total - total // 2)
-
-
-@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (128, 128), (240, 320), (224, 224), (9, 300), (1, 1)])
-def test_tf1_resize_samples_at_destination_times_in_over_out(shape):
-    def matrix(length, size=224):  # source = destination * (in / out), clamped at the edge
+@pytest.mark.parametrize("protocol, low, source", [
+    ("original", -1, lambda i, ratio: i * ratio), ("paper", 0, lambda i, ratio: i * ratio),
+    ("standard", -1, lambda i, ratio: (i + 0.5) * ratio - 0.5)])
+@pytest.mark.parametrize("shape", [(32, 32), (128, 128), (240, 320), (224, 224), (9, 300), (1, 1)])
+def test_a_protocol_is_a_range_and_a_resize_by_its_definition(shape, protocol, low, source):
+    def matrix(length, size=224):  # linear between pixels, clamped at the edge
         m = np.zeros((size, length))
         for i in range(size):
-            source = float(np.float32(i) * (np.float32(length) / np.float32(size)))
-            m[i, int(source)] += 1 - source % 1
-            m[i, min(int(source) + 1, length - 1)] += source % 1
+            x = max(float(source(np.float32(i), np.float32(length) / np.float32(size))), 0)
+            m[i, min(int(x), length - 1)] += 1 - x % 1
+            m[i, min(int(x) + 1, length - 1)] += x % 1
         return m
-    x = np.random.default_rng(0).integers(0, 256, shape).astype(np.float64)
-    got = fvd.resize_tf1(torch.from_numpy(x).float()[None, None])[0, 0]
-    assert got.shape == (224, 224)
-    assert np.abs(got.numpy() - matrix(shape[0]) @ x @ matrix(shape[1]).T).max() < 1e-4
-
-
-def test_half_pixel_resize_samples_between_pixel_centres_and_protocols_differ_in_resize_and_range():
-    ramp = torch.arange(8, dtype=torch.uint8).expand(9, 8, 8)[..., None].expand(9, 8, 8, 3)
-    row = fvd.preprocess(ramp, "half-pixel", (0, 255))[0, 0, 0]
-    wanted = ((torch.arange(224) + 0.5) * 8 / 224 - 0.5).clamp(0, 7)  # at x the ramp's value is x
-    assert torch.allclose(row, wanted, atol=1e-5)
-    clip = torch.tensor([0, 255], dtype=torch.uint8)[None, None, :, None].expand(9, 2, 2, 3)
-    standard, original, paper = (fvd.preprocess(clip, *fvd.PROTOCOLS[name])[0, 0, 0]
-                                 for name in ("standard", "original", "paper"))
-    assert torch.allclose(paper, (torch.arange(224) / 112).clamp(max=1), atol=1e-6)
-    assert torch.allclose(original, 2 * paper - 1, atol=1e-6)
-    assert standard[0] == -1 and torch.allclose(standard, -standard.flip(0), atol=1e-6)
+    x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    got = fvd.preprocess(np.stack([x] * 3, -1)[None], *fvd.PROTOCOLS[protocol])[:, 0]
+    wanted = matrix(shape[0]) @ x @ matrix(shape[1]).T / 255 * (1 - low) + low
+    assert got.shape == (3, 224, 224)
+    assert np.abs(got.numpy() - wanted).max() < (5e-5 if protocol == "standard" else 1e-6)
 
 
 def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
@@ -132,14 +113,6 @@ def test_features_depend_neither_on_the_batch_nor_on_an_autocast():
             fvd.video_features(wrong, Pixels())
 
 
-
-def whitened(n, d, seed):
-    """n points of mean exactly 0 and covariance exactly 1 (over n - 1).    -> (n, d)"""
-    x = normal(n, d, seed)
-    q = torch.linalg.qr(x - x.mean(0)).Q
-    return (q - q.mean(0)) * (n - 1) ** 0.5
-
-
 @pytest.mark.parametrize("n, d", [(2, 400), (50, 400), (400, 400), (401, 400), (900, 400), (500, 20)])
 def test_distance_of_identical_sets_is_zero(n, d):
     x = normal(n, d) * torch.linspace(0, 3, d) + 5
@@ -152,7 +125,9 @@ def test_distance_of_identical_sets_is_zero(n, d):
 def test_distance_of_known_gaussians_is_the_closed_form(n, m, d):
     std1, std2 = torch.linspace(0.5, 3, d).double(), torch.linspace(2, 0.1, d).double()
     mean, rotation = torch.linspace(-1, 2, d).double(), torch.linalg.qr(normal(d, d, seed=3)).Q
-    a, b = whitened(n, d, 1) * std1 @ rotation, (whitened(m, d, 2) * std2 + mean) @ rotation
+    centred = lambda x: x - x.mean(0)
+    a, b = (torch.linalg.qr(centred(normal(*k))).Q * (k[0] - 1) ** 0.5 for k in ((n, d, 1), (m, d, 2)))
+    a, b = a * std1 @ rotation, (b * std2 + mean) @ rotation  # the covariances of both were exactly 1
     wanted = (mean.square().sum() + (std1 - std2).square().sum()).item()
     d = fvd.frechet_distance(a, b)
     assert abs(d / wanted - 1) < 1e-8
@@ -165,59 +140,52 @@ def test_distance_of_small_sets_is_biased_as_stated_and_of_one_video_or_nan_refu
         assert abs(fvd.frechet_distance(normal(n, 400, 1), normal(n, 400, 2)) / stated - 1) < 0.02
     x = normal(9, 4)
     x[6, 1] = float("nan")
-    for wrong, word in ((normal(0, 4), "n >= 2"), (normal(1, 4), "n >= 2"), (x, r"\[6\]")):
-        with pytest.raises(ValueError, match=word):
+    for wrong in (normal(0, 4), normal(1, 4), x):
+        with pytest.raises(ValueError, match="n >= 2"):
             fvd.frechet_distance(normal(9, 4), wrong)
 
 
-def test_kernel_distance_is_its_definition_and_unbiased():
+def test_kernel_distance_is_its_definition():
     a, b = normal(6, 5, 1), normal(4, 5, 2)
     k = lambda x, y: (float(x @ y) / 5 + 1) ** 3
     wanted = (sum(k(a[i], a[j]) for i in range(6) for j in range(6) if i != j) / 30
               + sum(k(b[i], b[j]) for i in range(4) for j in range(4) if i != j) / 12
               - 2 * sum(k(x, y) for x in a for y in b) / 24)
     assert fvd.kernel_distance(a, b) == pytest.approx(wanted, rel=1e-12)
-    values = [fvd.kernel_distance(normal(20, 10, k), normal(12, 10, 1000 + k)) for k in range(300)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 300 ** 0.5
-    assert fvd.kernel_distance(normal(20, 10), normal(20, 10, 1) + 1) > 1
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, golden_net):
     """A state dict whose hash is taken for the published one."""
-    path = tmp_path / "published.pt"
-    torch.save(golden_net.state_dict(), path)
+    torch.save(golden_net.state_dict(), path := tmp_path / "published.pt")
     sha1 = subprocess.check_output(["git", "hash-object", path], text=True).strip()
     monkeypatch.setattr(fvd, "STATE_DICT_GIT_SHA1", sha1)
     return path
 
 
-def test_weights_of_known_hash_are_loaded_and_others_refused_with_what_to_do(
-        published, golden_net, sets, capsys, monkeypatch, tmp_path):
+def test_only_weights_of_known_hash_are_loaded(published, golden_net, sets, capsys, monkeypatch, tmp_path):
     state = fvd.load_i3d(published).state_dict()
     assert all(torch.equal(state[name], value) for name, value in golden_net.state_dict().items())
     published.write_bytes(published.read_bytes()[:-100])
-    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the network was touched"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("the network was touched"))
     for path in (published, tmp_path / "missing.pt"):
         assert fvd.main([*map(str, sets), "--weights", str(path)]) == 2
         err = capsys.readouterr().err
-        for needed in (fvd.STATE_DICT_URL, "a867b87ac3a9097d200598b1d48a1b890d8ec744", fvd.TORCHSCRIPT_URL,
-                       fvd.TORCHSCRIPT_SHA256, "truncated", "--weights", "--download", "--features random"):
-            assert needed in err
+        assert all(word in err for word in ("truncated", fvd.STATE_DICT_URL, fvd.TORCHSCRIPT_URL, "a867b87a",
+                                            fvd.TORCHSCRIPT_SHA256, "--download", "--features random"))
     class Bomb:
         def __reduce__(self):
             return pytest.fail, ("code was run",)
     torch.save({"logits": Bomb()}, tmp_path / "bomb.pt")
     for path in (published, tmp_path / "bomb.pt"):
-        with pytest.raises(ValueError, match="no state dict"):
+        with pytest.raises(ValueError, match="cannot be read"):
             fvd.load_i3d(path, allow_unknown=True)
 
 
 class Scripted(nn.Module):
     """The calling convention of the published TorchScript file."""
 
-    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True,
-                return_features: bool = False) -> torch.Tensor:
+    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = False):
         assert return_features and not rescale and not resize
         return x.mean((2, 3, 4))
 
@@ -225,10 +193,9 @@ class Scripted(nn.Module):
 def test_torchscript_is_told_apart_and_needs_a_known_hash(sets, capsys, tmp_path, monkeypatch):
     path, x = tmp_path / "net.pt", torch.rand(2, 3, 9, 4, 4)
     torch.jit.script(Scripted()).save(path)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="truncated"):
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code was run"))
-        with pytest.raises(ValueError, match="truncated"):
-            fvd.load_i3d(path)
+        fvd.load_i3d(path)
     _, out, _ = score(capsys, *sets, "--weights", path, "--allow-unknown-weights")
     assert out.startswith("FVD ") and "may not be FVD" in out
     monkeypatch.setattr(fvd, "TORCHSCRIPT_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -237,17 +204,17 @@ def test_torchscript_is_told_apart_and_needs_a_known_hash(sets, capsys, tmp_path
     assert out.startswith("FVD ") and "may not be" not in out and fvd.TORCHSCRIPT in out
 
 
-def test_download_verifies_and_then_appears_whole_or_not_at_all(published, tmp_path):
+def test_download_is_verified_repeated_if_it_was_cut_and_its_failure_says_what_to_do(published, tmp_path):
     target, whole = tmp_path / "cache" / "weights.pt", published.read_bytes()
-    fvd.download_weights(target, published.as_uri())
-    assert target.read_bytes() == whole
-    fvd.download_weights(target, "file:///nowhere")  # it is there already
-    target.unlink()
     published.write_bytes(whole[:-100])
-    for url in (published.as_uri(), (tmp_path / "nowhere").as_uri()):
+    fvd.download_weights(target, published.as_uri())
+    for fetch in (fvd.load_i3d, lambda path: fvd.download_weights(path, (tmp_path / "nowhere").as_uri())):
         with pytest.raises(ValueError, match="Get one of"):
-            fvd.download_weights(target, url)
-        assert list((tmp_path / "cache").iterdir()) == []
+            fetch(target)
+    published.write_bytes(whole)
+    fvd.download_weights(target, published.as_uri())
+    assert target.read_bytes() == whole and list(target.parent.iterdir()) == [target]
+    fvd.download_weights(target, "file:///nowhere")  # it is there already
 
 
 @pytest.mark.parametrize("protocol", fvd.PROTOCOLS)
@@ -257,17 +224,13 @@ def test_command_equals_the_library_and_prints_all_that_the_number_depends_on(se
             for x in (noise(6, t=20, seed=1)[:, :16], noise(6, t=16, seed=2, high=128)))
     assert result["value"] == pytest.approx(fvd.frechet_distance(a, b), rel=1e-6)
     assert result["kernel_value"] == pytest.approx(fvd.kernel_distance(a, b), rel=1e-6)
-    assert (result["resize"], tuple(result["range"])) == fvd.PROTOCOLS[protocol]
-    for word in ("FD-random", "KD-random", protocol, str(result["range"]), "random weights", "6 videos", "16",
-                 "8x8", "uint8", "equal N", f"{result['value']:.6g}"):
-        assert word in out
-    assert "FVD" not in out + json.dumps(result)
-    assert result["metric"] == "FD-random" and result["real"]["videos"] == result["fake"]["clips"] == 6
+    for word in (f"FD-random {result['value']:.6g}\nKD", protocol, "random weights", "6 videos", "equal N"):
+        assert word in out and "FVD" not in out + json.dumps(result)
 
 
 def test_command_runs_i3d_itself_on_a_console_that_lacks_a_letter(tmp_path):
-    a, b = tmp_path / "\u4f60\u597d.npy", tmp_path / "b.npy"
-    np.save(a, noise(2, t=9)), np.save(b, noise(2, t=9, high=128))
+    np.save(a := tmp_path / "\u4f60\u597d.npy", noise(2, t=9))
+    np.save(b := tmp_path / "b.npy", noise(2, t=9, high=128))
     done = subprocess.run([sys.executable, fvd.__file__, a, b, "--frames", "9", "--features", "random"],
                           capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and b"\\u4f60\\u597d.npy" in done.stdout
@@ -276,28 +239,21 @@ def test_command_runs_i3d_itself_on_a_console_that_lacks_a_letter(tmp_path):
 
 def test_every_window_of_a_video_is_as_likely_and_is_taken_once():
     ramp = [np.full((8, 8, 3), 10 * k, np.uint8) for k in range(13)]  # windows of 9 frames begin at 0 to 4
-    counts = np.zeros(5)
-    for seed in range(400):
-        rng = np.random.default_rng(seed)
-        clips, _ = fvd.cut_clips(fvd.Video("", lambda: iter(ramp)), 9, 2, "random", "standard", rng)
+    counts, args = np.zeros(5), Namespace(frames=9, clips=2, window="random", protocol="standard")
+    for seed in range(200):
+        clips = fvd.cut_clips(fvd.Video("", lambda: iter(ramp)), seed, args)
         times = torch.stack(clips)[:, 0, :, 0, 0] * 12.75 + 12.75  # (2, 9)
         starts = times[:, 0].round()
         assert len(clips) == 2 and clips[0].shape == (3, 9, 224, 224) and starts[0] != starts[1]
         assert torch.allclose(times, starts[:, None] + torch.arange(9), atol=1e-3)
         counts[starts.long()] += 1
-    assert np.abs(counts - 160).max() < 40  # four standard deviations
+    assert np.abs(counts - 80).max() < 28  # four standard deviations
 
 
-def test_seed_chooses_the_windows_and_what_makes_sets_unequal_is_warned_about(sets, capsys, tmp_path):
+def test_seed_chooses_the_windows_and_unequal_numbers_of_clips_are_warned_about(sets, capsys):
     one, same, other = (score(capsys, *sets, "--seed", seed)[0]["value"] for seed in (1, 1, 2))
     assert one == same != other
-    result, out, _ = score(capsys, *sets, "--clips-per-video", 3)
-    assert (result["real"]["clips"], result["fake"]["clips"]) == (18, 6) and "unequal numbers" in out
-    (tmp_path / "gifs").mkdir()
-    for k in range(3):
-        iio.imwrite(tmp_path / "gifs" / f"{k}.gif", noise(1, size=9, seed=k)[0])
-    out = score(capsys, sets[0], tmp_path / "gifs")[1]
-    assert "unequal numbers" in out and "unequal resolutions" in out and "compressed" in out
+    assert "unequal numbers of clips, 18 and 6" in score(capsys, *sets, "--clips-per-video", 3)[1]
 
 
 def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, capsys, tmp_path):
@@ -307,28 +263,19 @@ def test_damaged_short_and_nan_videos_are_named_and_the_rest_is_scored(sets, cap
     videos = noise(4) / 255
     videos[2, 3] = np.nan
     np.save(tmp_path / "nan.npy", videos)
-    result, out, err = score(capsys, real, tmp_path / "nan.npy")
-    for word in ("bad.mp4: ", "short.npy: shorter", "nan.npy[2]: it holds NaN"):
-        assert word in err
-    assert [len(result[name]["left_out"]) for name in ("real", "fake")] == [2, 1]
+    result, out, err = score(capsys, real, tmp_path / "nan.npy", "--floats", "unit")
+    assert all(word in err for word in ("bad.mp4: ", "short.npy[0]: shorter", "nan.npy[2]: "))
     assert result["real"]["videos"] == 6 and result["fake"]["videos"] == 3
-    assert "strict" in score(capsys, real, fake, "--strict", rc=2)
-
-
-def test_float_files_that_disagree_are_refused_until_the_scale_is_stated(sets, capsys):
-    for k in range(2):
-        np.save(sets[0] / f"{k}.npy", noise(1, seed=k)[0] / 255 * (2 - k) - (1 - k))
-    assert "--floats" in score(capsys, *sets, rc=2)
-    assert "float in [-1, 1]" in score(capsys, *sets, "--floats", "symmetric")[1]
+    assert "short" in score(capsys, real / "short.npy", fake, "--strict", rc=2)
+    assert "--floats unit" in score(capsys, tmp_path / "nan.npy", fake, "--strict", rc=2)  # or else no range
 
 
 def test_saved_features_stand_for_the_real_set_and_other_settings_are_refused(sets, capsys, tmp_path):
     real, fake = sets
     first, _, _ = score(capsys, real, fake, "--save-features", tmp_path / "saved.npz")
-    for path in real.iterdir():
-        path.unlink()
+    real.rename(tmp_path / "gone")
     assert score(capsys, tmp_path / "saved.npz", fake)[0] == first
-    for change in (("--protocol", "paper"), ("--frames", 12), ("--seed", 1), ("--clips-per-video", 2)):
+    for change in (("--protocol", "paper"), ("--frames", 12), ("--seed", 1), ("--window", "first")):
         assert "made with" in score(capsys, tmp_path / "saved.npz", fake, *change, rc=2)
 
 
@@ -336,19 +283,12 @@ def test_wrong_input_gets_one_sentence_and_status_2(sets, capsys, tmp_path):
     real, fake = sets
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "one.npy", noise(1))
-    np.save(tmp_path / "short.npy", noise(5, t=7))
-    (tmp_path / "bad.npy").write_bytes(b"hello" * 100)
     for args, word in [
             ((tmp_path / "nowhere", fake), "no such"), ((tmp_path / "empty", fake), "no video"),
-            ((real, tmp_path / "one.npy"), "needs 2"), ((real, tmp_path / "short.npy"), "5 videos"),
-            ((real, tmp_path / "bad.npy"), "1 videos"), ((real, fake, "--device", "cuda:77"), "--device"),
-            ((real, fake, "--device", "toaster"), "--device cpu"),
-            ((real, fake, "--json", tmp_path / "no" / "o.json"), "folder"),
-            ((real, fake, "--json", tmp_path), "folder"),
-            ((real, fake, "--save-features", tmp_path / "no" / "c.npz"), "folder"),
-            ((real, fake, "--save-features", real / "c.npz"), "REAL")]:
+            ((real, fake, "--json", tmp_path), "folder"), ((real, fake, "--device", "toaster"), "toaster"),
+            ((real, tmp_path / "one.npy"), "needs 2"), ((real, fake, "--save-features", "no/c"), "folder")]:
         assert word in score(capsys, *args, rc=2), args
     for change in (["--frames", "8"], ["--frames", "x"], ["--batch", "0"], ["--clips-per-video", "-1"]):
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit, match="2"):
             fvd.main([*map(str, sets), *change])
-        assert caught.value.code == 2 and change[0] in capsys.readouterr().err.splitlines()[-1]
+        assert change[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,7 +1,7 @@
 """Reading videos: what is intact comes out as 8-bit RGB, as players show it; what is damaged is named."""
 import os
+import re
 import subprocess
-import sys
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -68,7 +68,7 @@ def read_one(path, **options):
 def reason(path):
     with pytest.raises(UnreadableVideo) as caught:
         read(path)
-    assert "\n" not in caught.value.reason and str(caught.value).startswith(caught.value.name)
+    assert str(caught.value).isprintable() and str(caught.value).startswith(caught.value.name)
     return caught.value.reason
 
 
@@ -85,30 +85,29 @@ def test_a_film_gives_all_frames_under_any_name_and_is_refused_if_damage_took_so
     data, noise = films[suffix].read_bytes(), np.random.default_rng(0).bytes(100)
     path.write_bytes(data)
     assert np.array_equal(read_one(path), got)
-    cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 14)] + [-300, -60, -20, -1]
-    starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 12)]
-    noisy = [data[:k] + noise + data[k + 100:] for k in starts]  # decoders may paint over it
-    marks = [k for k, byte in enumerate(data) if byte == 0xA3]  # in an mkv some of them announce a frame
-    noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:8] + marks[-8:]]
-    for changes, least in (([data[:k] for k in cuts], 14), (noisy, 1)):
-        lengths = []
+    cuts = [int(part * len(data)) for part in np.linspace(0.02, 0.99, 7)] + [-300, -60, -20, -1]
+    starts = [int(part * len(data)) for part in np.linspace(0.1, 0.8, 8)]
+    noisy = [data[:k] + filler + data[k + 100:] for k in starts for filler in (noise, bytes(100))]
+    marks = [found.start() for found in re.finditer(b"\xa3", data)]  # in an mkv some of them announce a frame
+    noisy += [data[:k] + b"\xb3" + data[k + 1:] for k in marks[:4] + marks[-4:]]
+    for changes, least in (([data[:k] for k in cuts], 7), (noisy, 1)):  # decoders may paint over noise
+        refused = 0
         for changed in changes:
             path.write_bytes(changed)
             try:
-                lengths.append(len(read_one(path)))
+                assert len(read_one(path)) == 30
             except UnreadableVideo:
-                lengths.append("refused")
-        assert set(lengths) <= {30, "refused"} and lengths.count("refused") >= least
+                refused += 1
+        assert refused >= least
 
 
 @pytest.mark.parametrize("name, before, after, shown", [
     ("edits.mp4", ["-ss", 0.75], [], slice(15, None)), ("edits.mov", ["-ss", 0.75], [], slice(15, None)),
-    ("negative.mkv", ["-itsoffset", -1], ["-copyts", "-avoid_negative_ts", "disabled"], slice(None)),
-    ("irregular.mkv", [], ["-vf", "setpts='(N+8*floor(N/3))/20/TB'", "-fps_mode", "vfr", "-c:v", "libx264",
-                           "-qp", 0], slice(None)),
     ("cover.mkv", ["-i", "COVER"], ["-map", 0, "-map", 1], slice(None)),
     ("cover.m4v", ["-i", "COVER"], ["-map", 0, "-map", 1, "-disposition:v:0", "attached_pic"], slice(None)),
-    # A lost end of these would go unseen: they are refused, and the mend is said.
+    # Lost frames of these would go unseen: they are refused, and the mend is said.
+    ("negative.mkv", ["-itsoffset", -1], ["-copyts", "-avoid_negative_ts", "disabled"], None),
+    ("irregular.mkv", [], ["-vf", "setpts='(N+N*N)/20/TB'", "-fps_mode", "vfr", "-c:v", "mpeg4"], None),
     ("a.ts", [], [], None), ("b.mp4", [], ["-f", "flv"], None), ("c.mkv", [], ["-live", 1], None),
     ("d.mp4", [], ["-movflags", "frag_keyframe+empty_moov"], None)])
 def test_just_the_frames_that_a_player_shows_are_read(films, tmp_path, name, before, after, shown):
@@ -118,7 +117,9 @@ def test_just_the_frames_that_a_player_shows_are_read(films, tmp_path, name, bef
     if shown:
         assert np.array_equal(read_one(path), read_one(films[".mp4"])[shown])
     else:
-        assert "ffmpeg -i" in reason(path)
+        assert "ffmpeg -i IN -c copy OUT.mp4" in reason(path)
+        mended = read_one(ffmpeg("-i", path, "-c", "copy", tmp_path / "mended.mp4"))
+        assert len(mended) == 30 or "negative" in name  # what lies before time 0 is not shown
 
 
 @pytest.mark.parametrize("flip", [[], ["-display_hflip"]])
@@ -135,17 +136,6 @@ def test_colours_of_bt709_are_right(tmp_path):
     path = ffmpeg("-i", save(tmp_path / "a.avi", red), "-vf", "scale=out_color_matrix=bt709", "-c:v",
                   "libx264", "-colorspace", "bt709", tmp_path / "b.mp4")
     assert distance(read_one(path), red) < 6
-
-
-def test_memory_for_a_large_film_is_bounded(tmp_path):
-    path = ffmpeg("-f", "lavfi", "-i", "testsrc2=s=1920x1080:d=3", "-preset", "ultrafast", tmp_path / "a.mp4")
-    code = ("import fvd, resource, sys; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak(); n = sum(1 for _ in fvd.read_frames(fvd.open_videos(sys.argv[1])[0]))\n"
-            "print(n, (peak() - before) // 1024)")
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True,
-                          cwd=os.path.dirname(fvd.__file__))
-    frames, grown = map(int, done.stdout.split())
-    assert frames == 75 and grown < 150  # MiB; the decoded film is 440
 
 
 def test_a_gif_without_its_last_byte_or_with_one_after_it_is_whole(films, tmp_path):
@@ -165,7 +155,7 @@ def test_arrays_and_animations_are_read_or_refused_if_they_are_truncated(tmp_pat
     assert reason(path)
 
 
-def test_text_audio_empty_files_pickles_and_ambiguous_archives_are_refused(tmp_path):
+def test_text_audio_empty_files_pickles_pipes_and_ambiguous_archives_are_refused(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
@@ -179,6 +169,10 @@ def test_text_audio_empty_files_pickles_and_ambiguous_archives_are_refused(tmp_p
     assert "audio" in reason(ffmpeg("-f", "lavfi", "-i", "sine=d=1", tmp_path / "audio.mp4"))
     np.savez(tmp_path / "a.npz", real=moving_square(), fake=moving_square())
     assert "2 arrays" in reason(tmp_path / "a.npz")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "1.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert "link" in reason(tmp_path / "frames") and "pipe" in reason(tmp_path / "pipe.mp4")
 
 
 def folder_of(path, names):
@@ -211,26 +205,23 @@ def test_images_of_another_size_damaged_or_moving_are_named(tmp_path):
     iio.imwrite(folder / "2.png", np.zeros((9, 9, 3), np.uint8))
     assert "size" in reason(folder)
     save(folder / "2.png", moving_square(5))
-    for word in ("2.png: an animation", "2.png"):
-        with pytest.raises(UnreadableVideo, match=word):
-            read(folder)
-        (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    with pytest.raises(UnreadableVideo, match="2.png: an animation"):
+        read(folder)
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    assert reason(folder)
 
 
 def test_images_of_any_mode_are_shown_as_a_viewer_shows_them(tmp_path):
     rgb = moving_square(1, 24, 32)[0]
     grey, picture = rgb[..., 1], Image.fromarray(rgb)
-    for name, saved, wanted in (
-            ("grey.png", Image.fromarray(grey), grey), ("alpha.png", picture.convert("RGBA"), rgb),
-            ("grey-alpha.png", Image.fromarray(grey).convert("LA"), grey),
-            ("palette.png", picture.quantize(64), rgb),
-            ("bilevel.png", Image.fromarray(grey > 128), np.uint8(255) * (grey > 128)),
-            ("16-bit.png", Image.fromarray(grey.astype(np.uint16) * 257), grey),
-            ("cmyk.jpg", picture.convert("CMYK"), rgb)):
+    for name, saved, wanted, error in (
+            ("grey.png", Image.fromarray(grey), grey, 0), ("alpha.png", picture.convert("RGBA"), rgb, 0),
+            ("grey-alpha.png", Image.fromarray(grey).convert("LA"), grey, 0),
+            ("palette.png", picture.quantize(64), rgb, 4), ("cmyk.jpg", picture.convert("CMYK"), rgb, 4),
+            ("bilevel.png", Image.fromarray(grey > 128), np.uint8(255) * (grey > 128), 0),
+            ("16-bit.png", Image.fromarray(grey.astype(np.uint16) * 257), grey, 0)):
         saved.save(tmp_path / name, quality=95)
-        wanted = wanted if wanted.ndim == 3 else np.stack([wanted] * 3, -1)
-        lossy = name in ("palette.png", "cmyk.jpg")
-        assert distance(read_one(tmp_path / name)[0], wanted) <= 4 * lossy, name
+        assert distance(read_one(tmp_path / name)[0], np.atleast_3d(wanted)) <= error, name
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", ".png"), ("L", ".png"), ("P", ".png"), ("L", ".tif")])
@@ -253,53 +244,42 @@ def test_every_layout_of_axes_is_recognised(tmp_path, suffix, axes):
     assert np.array_equal(np.stack(read(path)), video if "n" in axes else video[:1])
 
 
-def test_grey_and_rgba_arrays_become_rgb(tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble", ">f4", ">f8", "bfloat16"])
+@pytest.mark.parametrize("low", [0, -1])
+def test_floats_in_the_range_that_is_stated_come_back_to_the_same_bytes(tmp_path, dtype, low):
+    video = moving_square()
+    floats = video / 255 * (1 - low) + low
+    if dtype == "bfloat16":
+        torch.save(torch.from_numpy(floats).bfloat16(), path := tmp_path / "a.pt")
+    else:
+        path = save(tmp_path / "a.npy", floats.astype(dtype))
+    assert np.abs(read_one(path, scale=(low, 1)).astype(int) - video).max() <= (dtype == "bfloat16")
+    torch.from_numpy(np.array(fvd.load_array(path)))  # latents go this way
+
+
+def test_arrays_of_any_channels_become_rgb_and_what_is_no_video_of_bytes_or_floats_is_refused(tmp_path):
     video, grey = moving_square(), moving_square()[..., 1:2]
     for array, shown in ((grey[..., 0], grey), (grey, grey), (np.concatenate([video, grey], -1), video)):
         assert (read_one(save(tmp_path / "a.npy", array)) == shown).all()
+    shapes = (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)
+    for array in (*map(np.zeros, shapes), *map(video.astype, ("int64", "uint16", "bool", "complex64"))):
+        with pytest.raises(UnreadableVideo):
+            read(save(tmp_path / "a.npy", array), scale=(0, 1))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble", ">f4", ">f8", "bfloat16"])
-@pytest.mark.parametrize("low", [0, -1])
-def test_floats_in_either_range_come_back_to_the_same_bytes(tmp_path, dtype, low):
-    video = moving_square()
-    video[0, 0, 0] = 0, 255, 0  # touches both ends of the scale
-    floats = video / 255 * (1 - low) + low
-    if dtype == "bfloat16":
-        torch.save(torch.from_numpy(floats).bfloat16(), tmp_path / "a.pt")
-        assert np.abs(read_one(tmp_path / "a.pt").astype(int) - video).max() <= 1
-    else:
-        np.save(tmp_path / "a.npy", floats.astype(dtype))
-        assert np.array_equal(read_one(tmp_path / "a.npy"), video)
-        torch.from_numpy(np.array(fvd.load_array(tmp_path / "a.npy")))  # latents go this way
-
-
-def test_scale_of_floats_is_decided_by_the_whole_file_or_stated_and_nan_is_named(tmp_path):
-    videos = np.full((2, 10, 8, 8, 3), 0.5, np.float32)
-    videos[0] = -0.5
-    dark, bright = read(save(tmp_path / "a.npy", videos))
-    assert (dark == 64).all() and (bright == 191).all()
-    path = save(tmp_path / "b.npy", videos[1])
-    assert (read_one(path) == 128).all() and (read_one(path, scale=(-1, 1)) == 191).all()
-    for videos[0, 4, 2, 2, 0] in (np.nan, np.inf):
-        nan, intact = open_videos(save(tmp_path / "a.npy", videos))
-        assert len(list(read_frames(intact))) == 10
-        with pytest.raises(UnreadableVideo, match=r"a.npy\[0\]: .*NaN"):
-            list(read_frames(nan))
-
-
-@pytest.mark.parametrize("array, word", [
-    *((np.linspace(0, high, 1920).reshape(10, 8, 8, 3).astype(dtype), "uint8") for dtype, high in (
-        ("f4", 255), ("f4", 1.5), ("int64", 0), ("uint16", 0), ("bool", 0), ("complex64", 0), ("int8", 0))),
-    *((np.zeros(shape, np.uint8), "") for shape in (
-        (10,), (8, 8, 3), (10, 8, 8, 5), (2, 2, 10, 8, 8, 3), (2, 5, 10, 8, 8), (0, 10, 8, 8, 3)))])
-def test_arrays_that_are_no_videos_of_bytes_or_of_floats_of_known_range_are_refused(tmp_path, array, word):
-    assert word in reason(save(tmp_path / "a.npy", array))
+def test_floats_are_refused_without_a_stated_range_and_videos_outside_of_it_or_with_nan_are_named(tmp_path):
+    videos = np.full((3, 10, 8, 8, 3), 0.5, np.float32)
+    assert re.search("--floats unit.*--floats symmetric", reason(save(tmp_path / "a.npy", videos)))
+    for videos[1, 4, 2, 2, 0] in (np.nan, np.inf, 1.01, -0.01):
+        first, bad, last = open_videos(save(tmp_path / "a.npy", videos), scale=(0, 1))
+        assert (np.stack([*read_frames(first), *read_frames(last)]) == 128).all()
+        with pytest.raises(UnreadableVideo, match=r"a.npy\[1\]: .*NaN"):
+            list(read_frames(bad))
 
 
 def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path):
     for name in ("b/10.gif", "b/9.gif", "b/sheet_1.png", "b/sheet_2.png", "preview.png", "a/c/x.GIF",
-                 "notes.txt", ".DS_Store", "._x.gif", ".git/y.gif"):
+                 "none/notes.txt", ".DS_Store", "._x.gif", ".git/y.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a/up").symlink_to(tmp_path)
@@ -307,19 +287,7 @@ def test_search_is_recursive_ordered_and_blind_to_other_files_and_loops(tmp_path
     found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
     assert found == ["a/c/x.GIF", "b/9.gif", "b/10.gif"]
     assert find_videos(tmp_path / "._x.gif") == [tmp_path / "._x.gif"]
-
-
-def test_pipes_dangling_links_and_folders_without_videos_are_named(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
-    (tmp_path / "frames").mkdir()
-    for k in range(2):
-        os.mkfifo(tmp_path / f"frames/{k}.png")
-    frames, lost, pipe = find_videos(tmp_path)
-    assert "link" in reason(lost) and "pipe" in reason(pipe) and "pipe" in reason(frames)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/notes.txt").write_text("hello")
-    for folder, word in (("b", ".txt"), ("nowhere", "no such")):
+    for folder, word in (("nowhere", "no such"), ("none", "no video")):
         with pytest.raises(UnreadableVideo, match=word):
             find_videos(tmp_path / folder)
 
@@ -333,5 +301,6 @@ def test_odd_names_are_read(films, tmp_path, monkeypatch, name):
         (tmp_path / name / f"{name}{suffix}").write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path / name)
     for path in os.listdir():  # no address, no option, no example of imageio's
-        video, = open_videos(path)
-        assert len(list(read_frames(video))) == 30 and video.name.isprintable() and video.name.encode()
+        assert len(read_one(path)) == 30
+        with open(path, "wb"):
+            assert reason(path)
