@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import vdm_ssm
-from fvd import UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
+from fvd import RANGES, UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
 from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
 
 # -----------------------------------------------------------------------------
@@ -174,7 +175,6 @@ def maze_video(seed, frames, size):
 # KEY is made of all that the frames depend on. A file gets its name when it is whole: what is there is valid.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
-FLOATS = {"symmetric": (-1, 1), "unit": (0, 1)}  # what float pixels may mean: the values of black and white
 CORES = min(8, os.cpu_count() or 1)
 
 
@@ -212,7 +212,7 @@ def resize(frame, size, antialias=True):
 
 def read_source(source, args):
     """The videos of a source, decoded lazily.    -> yields iterators over frames. Raises UnreadableVideo"""
-    for video in () if args.latents else open_videos(source, FLOATS.get(args.floats)):
+    for video in () if args.latents else open_videos(source, RANGES.get(args.floats)):
         yield (resize(frame, args.size, args.antialias) for frame in read_frames(video))
     if args.latents:
         with naming(source):
@@ -700,11 +700,9 @@ def sample_film(model, args, device):
     """Videos of any length into film.mp4, as they are drawn: after those of --after, under --actions FILE."""
     past = actions = None
     if args.after:
+        video, *_ = open_videos(find_videos(args.after)[0], RANGES.get(args.floats))
         span = args.stride * (args.past - 1) + 1
-        files, skipped = cached(find_videos(args.after)[:1], args)
-        for why in skipped.values():
-            raise ValueError(why)
-        last = np.load(*files.values(), mmap_mode="r")[0][-span:]
+        last = [*deque((resize(frame, args.size, args.antialias) for frame in read_frames(video)), span)]
         if len(last) < span:
             raise ValueError(f"--after {args.after} has {len(last)} frames; --past {args.past} takes {span}")
         past = to_model_range(last[:: args.stride]).to(device).expand(args.sample_videos, -1, -1, -1, -1)
@@ -781,7 +779,7 @@ def add_learned(parser):
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
     add("--frames", type=COUNT, default=16, help="frames per video")
     add("--stride", type=COUNT, default=1, metavar="K", help="take every K-th frame of a video")
-    add("--floats", choices=FLOATS, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
+    add("--floats", choices=RANGES, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
     add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance; "

@@ -263,7 +263,7 @@ def test_latents_train_resume_and_sample_unclipped_and_without_pictures(tmp_path
     np.save(tmp_path / "z" / "0.npy", np.full((5, 8, 8, 5), 7, np.float32))
     run(*DIM, "--data", "z", "--latents", "--steps", 30, "--lr", 2e-2, "--target", "x0", "--out", "run")
     again("--resume", "run", "--steps", 31)
-    assert sorted(os.listdir("run/samples")) == ["step-000030.npz", "step-000031.npz"]
+    assert sorted(os.listdir("run/samples")) == ["data.npz", "step-000030.npz", "step-000031.npz"]
     shutil.rmtree("z")
     again("sample", "run", "--frames", 4)
     drawn = np.load("run/sampled/fake.npz")["videos"]
