@@ -40,9 +40,9 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # 1. Reading videos
 #
-# Every kind of file says in some way how long its video is, and read_frames
-# yields just that, or raises UnreadableVideo. So a damaged video is named, and
-# never passes as a shorter one. Frames are decoded once, one at a time.
+# A film says in some way how long it is, and read_frames yields just that, or
+# raises UnreadableVideo: a damaged one is named, and never passes as a shorter
+# one. Of a folder of images the names tell. Frames are decoded one at a time.
 
 VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
@@ -438,7 +438,7 @@ def download_weights(path=WEIGHTS, url=STATE_DICT_URL):
 # code of [3], whose line 2 x - 1 is commented out.
 
 RANGES = {"symmetric": (-1, 1), "unit": (0, 1)}
-SETTINGS = ("protocol", "frames", "clips", "window", "seed")  # that a number depends on, beside the network
+SETTINGS = ("protocol", "floats", "frames", "clips", "window", "seed")  # that a number depends on
 PROTOCOLS = {"standard": ("half-pixel", (-1, 1)), "original": ("tf1", (-1, 1)), "paper": ("tf1", (0, 1))}
 
 
@@ -595,7 +595,7 @@ def run(args):
         np.savez(args.save_features, features=a, facts=json.dumps(real), settings=json.dumps(settings))
     b, fake = measure(args.fake, net, args, settings)
     warnings = {
-        "small sets score high, two of one Gaussian 552 at N = 64, 81 at 1000: compare equal N only": True,
+        "small sets score high: compare numbers of equal N only": True,
         "the weights are not a published file: the number may not be FVD": "unknown" in network,
         f"unequal numbers of clips, {real['clips']} and {fake['clips']}": real["clips"] != fake["clips"]}
     return {"metric": "FVD" if known else "FD-random", "value": frechet_distance(a, b),

@@ -7,8 +7,9 @@
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ an MP4, a
-GIF and a sheet, a PNG with a row per video. Decoded videos are kept beside it, in cache/.
+A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ some of
+its data and what it draws, as .npz, .mp4, .gif and .png, a sheet with a row per video. Decoded videos are
+kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line"""
 
@@ -256,8 +257,8 @@ def cached(sources, args):
     return {source: str(path) for source, path in paths.items() if source not in skipped}, skipped
 
 
-def every(actions, stride):
-    """Actions that lead to each K-th frame, summed; none leads to the first.    (f, k) -> (f / K, k)"""
+def thinned(actions, stride):
+    """What leads to every stride-th frame, summed; nothing to the first.    (f, n) -> (f / stride, n)"""
     total = np.cumsum(actions, axis=0)[::stride]
     return torch.from_numpy(np.diff(total, axis=0, prepend=total[:1])).float()
 
@@ -281,14 +282,14 @@ class MazeVideos(Dataset):
         frames = stride * (self.args.frames - 1) + 1
         turns = 10 * maze_turns(seed, frames)[:, None] if self.args.actions else np.zeros((frames, 0))
         video = maze_video(seed, frames, self.args.size)
-        return to_model_range(video[::stride]), maze_style(seed), every(turns, stride)
+        return to_model_range(video[::stride]), maze_style(seed), thinned(turns, stride)
 
 
 class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, actions (frames, k)
 
     An epoch shows a window of every video, in [-1, 1]; its class is the name of its folder. held_out: of the
-    test split, if there is one. Actions are an array (videos, frames, k) in actions.npz beside the videos."""
+    test split, if there is one. Actions are an array (files, frames, n) in actions.npz beside the files."""
 
     def __init__(self, args, held_out=False):
         splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
@@ -301,7 +302,7 @@ class FolderVideos(Dataset):
         for folder, group in itertools.groupby(splits[split] if args.actions else (), lambda s: s.parent):
             group, array = [*group], np.load(folder / "actions.npz", allow_pickle=False)["actions"]
             if array.ndim != 3 or len(array) != len(group):
-                raise ValueError(f"{folder}/actions.npz: {array.shape}, not ({len(group)} videos, frames, k)")
+                raise ValueError(f"{folder}/actions.npz: {array.shape}, not ({len(group)} files, frames, n)")
             actions.update(zip(group, array))
         self.classes = sorted({source.parent.name for source in splits[split]})
         for source, path in files.items():
@@ -329,7 +330,7 @@ class FolderVideos(Dataset):
         frames, stride = np.load(path, mmap_mode="r")[video], self.args.stride
         start = np.random.default_rng([self.args.seed, epoch, k]).integers(len(frames) - self.span + 1)
         part = slice(start, start + self.span)
-        return to_model_range(frames[part][::stride]), label, every(actions[part], stride)
+        return to_model_range(frames[part][::stride]), label, thinned(actions[part], stride)
 
 
 def videos_of(args, held_out=False):
@@ -375,7 +376,7 @@ def to_pixels(x, latents=False):
 def tiled(pictures, columns=None, gap=0):
     """Pictures in rows, by default in a square.    uint8 (n, h, w, 3) -> (H, W, 3), even sides for H.264"""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    scale = max(1, 64 // pictures.shape[2])  # to 64 pixels or more
+    scale = max(1, 64 // pictures.shape[2])  # to about 64 pixels
     cells = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     edges = (0, -len(cells) % columns), (0, gap), (0, gap), (0, 0)
     page = rearrange(np.pad(cells, edges, constant_values=255), "(r s) h w c -> (r h) (s w) c", s=columns)
@@ -555,7 +556,7 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     network, network_args, model = build(args)
     model.to(device, memory_format=torch.channels_last)  # as activations lie: 5 % faster
-    decay = lambda k: min(args.ema, (1 + float(k)) / (10 + float(k)))  # a plain average at first
+    decay = lambda k: min(args.ema, (1 + float(k)) / (10 + float(k)))  # a shorter average at first
     ema = AveragedModel(model, multi_avg_fn=lambda a, b, k: get_ema_multi_avg_fn(decay(k))(a, b, k))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     begin, per_step = 0, args.batch * args.grad_accum * ranks
@@ -596,7 +597,7 @@ def train(args, checkpoint=None):
 
     while True:
         # Save and draw what is due. A signal to one rank stops all after the same step.
-        due = lambda every: step > 0 and (step >= args.steps or step % every == 0)
+        due = lambda interval: step > 0 and (step >= args.steps or step % interval == 0)
         path = out / f"checkpoint-{step:06d}.pt"
         drawn = out / f"samples/step-{step:06d}"
         stopped = gather(torch.tensor(len(stop))).any().item()
@@ -668,14 +669,16 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     how = dict(sampler=sampler, guidance=args.guidance, steps=args.sample_steps)
     turn = [args.label] if args.label else args.classes  # all in turn
     labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
+    if args.action_dim and actions is None and not args.cond_drop:
+        actions = torch.zeros(args.frames, args.action_dim)  # for it has never been told nothing
     led = None if actions is None else torch.as_tensor(actions).expand(len(rngs), -1, -1)
     told = conditions(labels, led, args, device)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
     diffusion.to(device)
     if args.causal:
-        told = told if actions is None else told.unbind(1)
-        yield from itertools.islice(stream(diffusion, partial(noise, 1), past, told, **how), args.frames)
+        each = told if actions is None else (told[:, k] for k in range(args.frames))
+        yield from itertools.islice(stream(diffusion, partial(noise, 1), past, each, **how), args.frames)
         return
     window, left = args.window if args.past else args.frames, args.frames
     while left > 0:
@@ -725,7 +728,7 @@ def sample_film(model, args, device):
 
 
 def sample(args, checkpoint):
-    """Draw videos from a checkpoint, without its data. --real writes those that they should resemble, too."""
+    """Draw videos from a checkpoint, without its data. --real writes videos of its data, too."""
     rank, ranks, device = join(args.device)
     model, out = build(args)[2], Path(args.out)
     model.load_state_dict(checkpoint["ema"])
@@ -753,7 +756,7 @@ def sample(args, checkpoint):
 # 7. The command line
 #
 # A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults, but for those of
-# one command alone. Those that say what is learned must stay. By default a CPU run ends in minutes.
+# one command alone. What is learned must stay; samples may have a size, length and seed of their own.
 
 GPU = torch.cuda.is_available()
 
@@ -837,14 +840,14 @@ def add_own(parser, sampling):
     add = parser.add_argument_group("this command").add_argument
     if sampling:
         add("run", metavar="RUN", help="folder of a run, or a checkpoint in it")
-        add("--real", type=COUNT, help="write as many videos that the run has not seen, too")
+        add("--real", type=COUNT, help="write as many real videos, too: of the test part, if there is one")
         add("--after", metavar="FILE", help="go on from the end of this video")
     else:
         add("--resume", dest="run", metavar="RUN", help="go on with this run, or from a checkpoint in it")
     add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
     here = ["cuda"] * GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", choices=here, default=here[0], help="where to compute")
-    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: all cores decode")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: none, 8 decode")
 
 
 def parse(argv):
@@ -869,7 +872,7 @@ def parse(argv):
         own = "run", "out", "device", "workers"
         saved = {name: value for name, value in checkpoint["args"].items() if name not in own}
         args = parser.parse_args(argv[sampling:], argparse.Namespace(**saved))
-        free = {"size", "frames", "seed", saved["actions"] and "actions"} if sampling else set()
+        free = {"size", "frames", "seed", "floats", saved["actions"] and "actions"} if sampling else set()
         for name in (learned - free) & saved.keys():
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} and stays: leave it out")
@@ -891,6 +894,7 @@ def parse(argv):
          f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
+        (isinstance(args.actions, str) and not sampling, "--actions takes a FILE where samples are drawn"),
         (args.sample_steps > args.diffusion_steps, "--sample-steps are at most --diffusion-steps"),
         (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
          f"--guidance {args.guidance} needs a run with --class-cond or --actions, and --cond-drop above 0")]:

@@ -463,12 +463,12 @@ def step_embedding(t, d):
 
 
 class Condition(nn.Module):
-    """Joins a condition to the step's embedding.    emb (b, d) or (b, f, d) -> (b, 1 or f, d + cond_dim)
+    """Joins a condition to the step's embedding.    emb (b, d) or (b, f, d) -> (b, 1 or f, d_out)
 
     cond is any vector (b, cond_dim), one-hot for a class, or (b, f, cond_dim), one for each frame. It is
     appended, as in [1]. `added`: two linear layers turn it into d numbers, which are added instead: a few
-    numbers, as an action's, would be lost beside many. A learned null vector [13] takes the place of what
-    would join where keep (b) is False, and everywhere without a cond. cond_dim None: emb stays as it is."""
+    numbers, as an action's, would be lost beside many. A learned null vector [13] takes the place of the
+    condition where keep (b) is False, and everywhere without a cond. cond_dim None: emb stays as it is."""
 
     def __init__(self, d, cond_dim=None, added=False):
         super().__init__()
@@ -806,22 +806,22 @@ class GaussianDiffusion(nn.Module):
 def stream(diffusion, draw, past=None, cond=None, steps=5, level=None, **sampling):
     """Frames without end, in constant time and memory, from a causal network.    -> yields (b, c, 1, h, w)
 
-    Each frame is denoised in `steps` from what the network remembers, then shown to it once more at a small
-    noise level, with that noise added: only this pass is remembered. The network has been trained on noisy
-    frames, and so small errors of its own do not add up [17]. draw: function that returns standard normal
-    noise (b, c, 1, h, w). past: frames (b, c, k, h, w) to begin after. cond: (b, cond_dim) for all frames, or
-    an iterable of such, one for each frame, which ends the stream. level: 0..diffusion.steps - 1, by default
-    an eighth of the steps. sampling: as in `GaussianDiffusion.sample`."""
+    Each frame is denoised in a few steps from what the network remembers, then shown to it once more at a
+    small noise level, with that noise added: only this pass is remembered. The network has been trained on
+    noisy frames, and so small errors of its own do not add up [17]. draw: function that returns standard
+    normal noise (b, c, 1, h, w). past: frames (b, c, k, h, w) to begin after, remembered under the first
+    condition. cond: (b, cond_dim) for all frames, or an iterable of such, one for each new frame, which ends
+    the stream. level: 0 to diffusion.steps - 1, by default an eighth of them. sampling: as in
+    `GaussianDiffusion.sample`."""
     states, level = {}, diffusion.steps // 8 if level is None else level
 
     def remember(x0, eps, cond):
         t = torch.full((len(x0),), level, device=x0.device)
         diffusion.model(diffusion.add_noise(x0, t, eps), t, cond, states=states)
 
-    one_for_all = cond is None or torch.is_tensor(cond)
-    if past is not None:
-        remember(past, torch.cat([draw() for _ in past.unbind(2)], dim=2), cond if one_for_all else None)
-    for cond_k in cycle([cond]) if one_for_all else cond:
+    for k, cond_k in enumerate(cycle([cond]) if cond is None or torch.is_tensor(cond) else cond):
+        if k == 0 and past is not None:
+            remember(past, torch.cat([draw() for _ in past.unbind(2)], dim=2), cond_k)
         x0 = diffusion.sample(draw(), steps, cond=cond_k, states=states, **sampling)
         remember(x0, draw(), cond_k)
         yield x0
@@ -1075,8 +1075,8 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
 
     The same function as `selective_scan_loop`, with the same arguments and gradients; y has the dtype of u.
     The state is float32 (float64 for a float64 A), also for bfloat16 and float16 inputs and under autocast.
-    Kept for the backward pass: the inputs and one state per 16 frames. `reverse` walks from the last frame to
-    the first, as if all sequences were flipped. In a torch.compile'd model, or as
+    Kept for the backward pass: the inputs and one state per 16 frames, 8 if compiled. `reverse` walks from
+    the last frame to the first, as if all sequences were flipped. In a torch.compile'd model, or as
     torch.compile(selective_scan), it compiles its chunks. Differentiable once: a second derivative raises
     RuntimeError. torch.jit.trace, torch.export and torch.func (vmap, grad, jvp) are not supported;
     `selective_scan_loop` supports them all. Needs: SelectiveScan."""

@@ -1,7 +1,7 @@
 """Walk through the maze that a causal network dreams, in a terminal.
 
-    python train.py --causal --actions         a few minutes on a laptop's CPU
-    python assets/walk.py runs/maze            arrow keys turn left and right, q leaves
+    python train.py --causal --actions --out runs/walk
+    python assets/walk.py runs/walk            arrow keys turn left and right, q leaves
 
 Frames are drawn as they are needed, in 24-bit colours. walk.mp4 stays beside the checkpoint."""
 

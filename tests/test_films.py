@@ -73,7 +73,7 @@ def test_actions_lie_beside_a_folders_videos_in_their_natural_order():
         k, first = divmod(train.to_pixels(video[None])[0, 0, 0, 0, 0].item(), 20)
         assert (told[0] == 0).all() and np.array_equal(told[1:], actions[k, first + 1 : first + 3])
     np.savez("data/actions.npz", actions=actions[:2])
-    assert "11 videos" in refuses(*command)
+    assert "11 files" in refuses(*command)
     os.remove("data/actions.npz")
     assert "actions.npz" in refuses(*command)
 
