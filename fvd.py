@@ -47,7 +47,6 @@ from tqdm import tqdm
 VIDEO_SUFFIXES = (".gif", ".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv")
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-
 TURNS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),  # EXIF's orientations
          5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
 Video = namedtuple("Video", "name decode")  # one video, not decoded yet; decode() yields uint8 (h, w, 3)
@@ -188,10 +187,11 @@ def upright(pixels, a, b, c, d):
 
 def pictures(path):
     """The pictures of a gif, or of any file of images, by Pillow.    path -> yields uint8 (h, w, 3)"""
-    gif = head(path).startswith(b"GIF8")
+    start = head(path)
     with open(path, "rb") as raw, imopen(raw, "r", plugin="pillow") as file:
-        count = file.properties(index=...).n_images
-        if gif and count != gif_count(path.read_bytes()):
+        jpeg = start.startswith(b"\xff\xd8")  # one picture, even if it is there for both eyes
+        count = 1 if jpeg else file.properties(index=...).n_images
+        if start.startswith(b"GIF8") and count != gif_count(path.read_bytes()):
             raise ValueError("pictures of the gif are missing; it is damaged")
         for k in range(count):
             mode = file.metadata(index=k)["mode"]
@@ -407,8 +407,7 @@ def random_i3d(seed=0):
     """I3D with random weights [5], the same on every machine: ranks videos, but is not FVD.    seed -> I3D"""
     net, random = I3D(), np.random.RandomState(seed)  # RandomState's stream never changes
     for name, value in sorted(net.state_dict().items()):
-        # Of a convolution He's scale, times 0.6 for the four branches summed.
-        std = 0.6 * (2 / value[0].numel()) ** 0.5 if name.endswith("conv3d.weight") else 0.1
+        std = 0.6 * (2 / value[0].numel()) ** 0.5 if name.endswith("conv3d.weight") else 0.1  # 0.6 of He's
         if name.endswith("running_var"):
             value.copy_(torch.from_numpy(random.uniform(0.05, 1.5, value.shape)))
         elif not name.endswith("bn.weight"):
@@ -546,10 +545,12 @@ def measure(root, net, args, settings):
     """Features of a set, and facts about it; --save-features may have kept them.    path -> (n, d), dict
 
     Damaged and short videos are named on stderr and left out, or raise UnreadableVideo if args.strict."""
-    if os.path.isfile(root) and zipfile.is_zipfile(root) and "settings" in (saved := np.load(root)):
-        if json.loads(str(saved["settings"])) != settings:
-            raise ValueError(f"{root}: made with {saved['settings']}, not with {json.dumps(settings)}")
-        return torch.from_numpy(saved["features"]), json.loads(str(saved["facts"]))
+    if os.path.isfile(root) and zipfile.is_zipfile(root):
+        with naming(root), np.load(root, allow_pickle=False) as saved:
+            if {*saved} == {"features", "facts", "settings"}:
+                if json.loads(str(saved["settings"])) != settings:
+                    raise ValueError(f"made with {saved['settings']}, not with {json.dumps(settings)}")
+                return torch.from_numpy(saved["features"]), json.loads(str(saved["facts"]))
     sources, facts = find_videos(root), {"path": root, "videos": 0, "clips": 0}
 
     def attempt(function, *inputs):
@@ -574,16 +575,17 @@ def measure(root, net, args, settings):
 
     features = video_features(clips(), net, batch=args.batch, device=args.device)
     if len(features) < 2:
-        raise ValueError(f"{root}: a covariance needs 2 clips, not {len(features)}; was any left out above?")
+        raise UnreadableVideo(root, f"a covariance needs 2 clips, not {len(features)}; was any left out?")
     return features, facts
 
 
 def run(args):
     """Score FAKE against REAL.    parsed arguments -> dict, as --json writes it"""
     find_videos(args.real), find_videos(args.fake)  # a wrong name is found before the work
-    for file in map(Path, filter(None, (args.json, args.save_features))):
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: this is a folder, or lies in a folder that does not exist")
+    inputs = {Path(args.real).resolve(), Path(args.fake).resolve()}
+    for file in (Path(name).resolve() for name in (args.json, args.save_features) if name):
+        if file.is_dir() or not file.parent.is_dir() or inputs & {file, *file.parents}:
+            raise ValueError(f"{file} is a folder, or in one that does not exist, or in REAL or FAKE")
     known = args.features == "i3d"
     if known and args.download:
         download_weights(args.weights)
@@ -592,20 +594,19 @@ def run(args):
     settings = {"network": network, **{name: getattr(args, name) for name in SETTINGS}}
     a, real = measure(args.real, net, args, settings)
     if args.save_features:
-        np.savez(args.save_features, features=a, facts=json.dumps(real), settings=json.dumps(settings))
+        with open(args.save_features, "wb") as file:  # under this very name
+            np.savez(file, features=a, facts=json.dumps(real), settings=json.dumps(settings))
     b, fake = measure(args.fake, net, args, settings)
-    warnings = {
-        "small sets score high: compare numbers of equal N only": True,
-        "the weights are not a published file: the number may not be FVD": "unknown" in network,
-        f"unequal numbers of clips, {real['clips']} and {fake['clips']}": real["clips"] != fake["clips"]}
+    warnings = ["small sets score high: compare numbers of equal N only"]
+    warnings += ["the weights are not a published file: the number may not be FVD"] * ("unknown" in network)
+    warnings += ["the numbers of clips are unequal"] * (real["clips"] != fake["clips"])
     return {"metric": "FVD" if known else "FD-random", "value": frechet_distance(a, b),
             "kernel_metric": "KVD" if known else "KD-random", "kernel_value": kernel_distance(a, b),
-            **settings, "real": real, "fake": fake, "warnings": [text for text in warnings if warnings[text]]}
+            **settings, "real": real, "fake": fake, "warnings": warnings}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Frechet Video Distance of two sets of videos.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("real", help="folder or file of real videos, or what --save-features wrote")
     add("fake", help="folder or file of generated videos: films, arrays (n, t, h, w, c), folders of images")
@@ -639,8 +640,7 @@ def main(argv=None):
         print(f"  {name:9} {result[name]}")
     for name in ("real", "fake"):
         print("  {:9} {videos} videos, {clips} clips: {path}".format(name, **result[name]))
-    for warning in result["warnings"]:
-        print(f"  warning   {warning}")
+    print(*(f"  warning   {warning}" for warning in result["warnings"]), sep="\n")
     return 0
 
 

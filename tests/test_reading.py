@@ -233,6 +233,8 @@ def test_a_photograph_stands_by_its_exif_orientation(tmp_path, mode, suffix):
     for exif[0x112], wanted in enumerate(shown, 1):
         picture.save(tmp_path / f"a{suffix}", exif=exif)
         assert np.array_equal(read_one(tmp_path / f"a{suffix}")[0], wanted)
+    picture.convert("RGB").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture.convert("RGB")])
+    assert len(read_one(tmp_path / "a.jpg")) == 1  # there for both eyes
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
