@@ -683,7 +683,11 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
     window, left = args.window if args.past else args.frames, args.frames
     while left > 0:
         f = min(left, window - (0 if past is None else past.shape[2]))
-        x = diffusion.sample(noise(f), cond=told, past=past, progress=progress, **how)
+        # The past gets a little noise, as in `stream`: shown as clean, it hands on errors, and colours drift.
+        level = args.diffusion_steps // 8
+        t = torch.full((len(rngs),), level, device=device)
+        seen = None if past is None else diffusion.add_noise(past, t, noise(past.shape[2]))
+        x = diffusion.sample(noise(f), cond=told, past=seen, level=level, progress=progress, **how)
         yield x
         left, past = left - f, torch.cat([x] if past is None else [past, x], dim=2)[:, :, -args.past :]
 

@@ -97,13 +97,11 @@ def quality():
         for name, readings in runs.items():
             count = min(map(len, readings)) - 1  # the last one is where the time was over
             steps, seconds, loss = np.mean([[*r[:count], r[-1]] for r in readings], axis=0).T
-            style = dict(marker="o", ms=3, linestyle="-" if "bi-" in name else "--", label=name)
-            pair[0].loglog(steps[:-1], loss[:-1], **style)
-            pair[1].semilogy(seconds, loss, **style)
-        pair[0].set(xlabel="steps", title=f"{frames} frames")
-        pair[1].set(xlabel="seconds of one core", title=f"{frames} frames")
+            for axis, x, what in zip(pair, (steps, seconds), ("steps", "seconds of one core")):
+                axis.plot(x, loss, "o-" if "bi-" in name else "o--", ms=3, label=name)
+                axis.set(xlabel=what, title=f"{frames} frames")
     axes[0].set(ylabel="held-out loss")
-    axes[-1].legend(frameon=False, fontsize=7)
+    axes[0].legend(frameon=False, fontsize=7)
     save(figure, "quality.png")
 
 

@@ -222,7 +222,7 @@ def consistency(videos):
     return dict(kept=(style == style[:, 8:9]).mean(0).tolist(), new=float(np.mean(nearest)))
 
 
-def distance(results, options, count=12, frames=192):
+def distance(results, options, count=12, frames=128):
     real = walks(0, count, frames, 16)
     mixed = np.random.default_rng(0).permuted(np.repeat(np.arange(count)[:, None], frames, 1), axis=0)
     swapped = np.concatenate([real[:, : frames // 2], np.roll(real, 1, axis=0)[:, frames // 2 :]], axis=1)
