@@ -78,12 +78,15 @@ def test_actions_lie_beside_a_folders_videos_in_their_natural_order():
     assert "actions.npz" in refuses(*command)
 
 
-def test_a_stream_follows_a_file_of_actions(runs):
-    for name, turn in (("left", 3), ("right", -3)):
+def test_a_stream_follows_a_file_of_actions_and_goes_straight_on_without_one(runs):
+    for name, turn in (("left", 3), ("right", -3), ("straight", 0)):
         np.save(f"{name}.npy", np.full((7, 1), turn, np.float32))
         again("sample", runs / "acting", "--actions", f"{name}.npy", "--out", name)
-    left, right = frames_of("left/film.mp4"), frames_of("right/film.mp4")
+    again("sample", runs / "acting", "--frames", 7, "--out", "free")
+    left, right, straight, free = (frames_of(f"{out}/film.mp4") for out in ("left", "right", "straight", "free"))
     assert len(left) == len(right) == 7 and abs(left.astype(int) - right).mean() > 0
+    assert np.array_equal(straight, free)
+    assert "FILE" in refuses(*CAUSAL, "--actions", "left.npy")
 
 
 @pytest.mark.parametrize("name, flags, mend", [
