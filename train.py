@@ -161,8 +161,10 @@ def maze_video(seed, frames, size):
     """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
     wall, *walk = maze_walk(seed, frames)
     chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
-    parts = ([x[k : k + chunk] for x in walk] for k in range(0, frames, chunk))
-    return np.concatenate([maze_render(wall, *part, maze_style(seed), size) for part in parts])
+    video = np.empty((frames, size, size, 3), np.uint8)
+    for part in (slice(k, k + chunk) for k in range(0, frames, chunk)):
+        video[part] = maze_render(wall, *(x[part] for x in walk), maze_style(seed), size)
+    return video
 
 
 # -----------------------------------------------------------------------------

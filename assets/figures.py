@@ -107,13 +107,13 @@ def quality():
 
 def distance():
     """How long videos keep the style of their walls."""
-    figure, axis = plt.subplots(figsize=(9.5, 2.4))
+    figure, axis = plt.subplots(figsize=(7, 2.4))
     for name, row in results("distance").items():
         if name != "made with":
             kept = np.array(row["kept"][8:]).reshape(-1, 8).mean(1)
             axis.plot(12 + 8 * np.arange(len(kept)), kept, "-" if "," in name else ":", label=name)
     axis.set(xlabel="frame", ylabel="share with the style of frame 8", ylim=(0, 1.05))
-    axis.legend(frameon=False, fontsize=7, ncols=2)
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "distance.png")
 
 
