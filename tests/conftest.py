@@ -6,9 +6,10 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-# Tests compile too little to pay for worker processes, precompiled headers and a probe of instruction sets.
-os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-               "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+# Tests compute and compile too little to pay for threads, processes, precompiled headers and a probe of
+# instruction sets.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1",
+               "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

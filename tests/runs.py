@@ -64,8 +64,6 @@ def program(argv, variables, pipe):
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as in a program of one's own
     os.setsid()  # a process group, too
     os.environ |= variables
-    if "RANK" in variables:
-        train.torch.set_num_threads(1)  # as torchrun has it: ranks share the cores
     output = os.open(f"output{variables.get('RANK', '')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
