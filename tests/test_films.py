@@ -42,6 +42,18 @@ def test_a_film_of_any_length_goes_on_from_a_video_and_begins_as_a_shorter_one_o
     assert iio.imread("long/film.png").shape[1] > 16 * 64
 
 
+def test_a_window_sees_the_past_with_the_noise_of_the_level_that_it_is_told(runs, monkeypatch):
+    sample, seen = train.GaussianDiffusion.sample, []
+    spy = lambda self, *x, past, level, **how: seen.append((self, past, level)) or sample(
+        self, *x, past=past, level=level, **how)  # fmt: skip
+    monkeypatch.setattr(train.GaussianDiffusion, "sample", spy)
+    np.save("white.npy", np.full((2, 8, 8, 3), 255, np.uint8))
+    again("sample", runs / "levels", "--after", "white.npy", "--past", 2, "--frames", 1, "--out", "film")
+    (diffusion, past, level), = seen
+    noise = past - diffusion.signal_rate[level]
+    assert level > 0 and abs(noise.std() / diffusion.noise_rate[level] - 1) < 0.2
+
+
 def test_a_stream_that_is_stopped_leaves_a_film_that_can_be_read(runs):
     process = start("sample", runs / "causal", "--frames", 10**6, "--out", "film", "--device", "cpu")
     sizes = lambda: [entry.stat().st_size for entry in os.scandir("film")] if os.path.isdir("film") else [0]
