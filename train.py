@@ -853,7 +853,7 @@ def add_own(parser, sampling):
     add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
     here = ["cuda"] * GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", choices=here, default=here[0], help="where to compute")
-    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="loading processes; 0: one, 8 decode")
+    add("--workers", type=NATURAL, default=CORES if GPU else 0, help="processes that load; 0: this one")
 
 
 def parse(argv):

@@ -193,7 +193,7 @@ def quality(results, options):
     results.row("FD-random of other walks", lambda: fvd.frechet_distance(real, features(2000)))
     layers = [*itertools.product((0, 1), LAYERS), *((0, block) for block in BLOCKS if frames == 16)]
     for seed, layer in layers:
-        both = layer if layer in LAYERS[:4] else "bi-mamba"  # one way has the parameters of two ways
+        both = layer if layer in LAYERS[:4] else "bi-mamba"  # one way at the width of two: a few weights less
         dim, *mib = results.row(f"width {both}", lambda: width(both, frames))
 
         def run():
