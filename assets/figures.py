@@ -68,21 +68,19 @@ def method():
 
 
 def memory():
-    """Bytes of a training step against the number of frames, in all and for each frame."""
-    found = results("memory")
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
-    names = dict.fromkeys(key.split()[1] for key in found if key.startswith("bytes "))
-    names.pop("attention", None)  # whose bias is learned: a CPU counts the same for it
-    for name, colour in zip(names, plt.get_cmap("tab10").colors):
+    """Bytes and seconds of a training step on a GPU against the number of frames."""
+    found = results("memory-cuda")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
+    for name, colour in zip(found["8"], plt.get_cmap("tab10").colors):
+        points = [(int(f), row[name]) for f, row in found.items() if name in row]
         style = dict(color=colour, marker="o", linestyle="--" if "+" in name else "-", ms=3)
-        points = [(int(key.split()[2]), value / 2**30) for key, value in found.items()
-                  if key.startswith(f"bytes {name} ")]  # fmt: skip
-        axes[0].loglog(*zip(*points), label=name, **style)
-        one = [(f, 1024 * gib / f) for f, gib in points]
-        axes[1].semilogx(*zip(*one), **style)
-    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step")
-    axes[1].set(xlabel="frames", ylabel="MiB for each frame", ylim=(0, None))
-    axes[0].legend(fontsize=7, frameon=False)
+        axes[0].loglog(*zip(*((f, row["peak"] / 2**30) for f, row in points)), label=name, **style)
+        axes[1].loglog(*zip(*((f, np.median(row["seconds"])) for f, row in points)), **style)
+    axes[0].axhline(139.8, color="grey", linewidth=0.7, linestyle=":")
+    axes[0].text(8, 150, "the GPU's memory", fontsize=7, color="grey")
+    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step", ylim=(0.2, 300))
+    axes[1].set(xlabel="frames", ylabel="seconds of a training step")
+    axes[0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(2.25, 0.5))
     save(figure, "memory.png")
 
 
