@@ -1,6 +1,7 @@
 """Draws the README's figures from assets/results, with matplotlib.    python assets/figures.py [NAME ...]"""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,16 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
+plt.rcParams |= {"font.size": 9, "axes.titlesize": 8, "legend.fontsize": 7, "legend.frameon": False,
+                 "savefig.dpi": 130, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False}
+OUTSIDE = dict(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def results(name):
     return json.loads((HERE / "results" / f"{name}.json").read_text())
-
-
-def save(figure, name):
-    figure.savefig(HERE / name, bbox_inches="tight")
-    plt.close(figure)
 
 
 def method():
@@ -64,7 +62,7 @@ def method():
     axis.text(84, 18.1, "x", ha="center", va="center", fontsize=12)
     arrow((85.2, 18.1), (87, 18.1))
     box(87, 15.6, "out_proj", width=8)
-    save(figure, "method.png")
+    figure.savefig(HERE / "method.png")
 
 
 def memory():
@@ -73,15 +71,14 @@ def memory():
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
     for name, colour in zip(found["8"], plt.get_cmap("tab10").colors):
         points = [(int(f), row[name]) for f, row in found.items() if name in row]
-        style = dict(color=colour, marker="o", linestyle="--" if "+" in name else "-", ms=3)
-        axes[0].loglog(*zip(*((f, row["peak"] / 2**30) for f, row in points)), label=name, **style)
+        style = dict(color=colour, marker="o", linestyle="--" if "+" in name else "-", ms=3, label=name)
+        axes[0].loglog(*zip(*((f, row["peak"] / 2**30) for f, row in points)), **style)
         axes[1].loglog(*zip(*((f, np.median(row["seconds"])) for f, row in points)), **style)
-    axes[0].axhline(139.8, color="grey", linewidth=0.7, linestyle=":")
-    axes[0].text(8, 150, "the GPU's memory", fontsize=7, color="grey")
-    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step", ylim=(0.2, 300))
+    axes[0].axhline(139.8, color="grey", linewidth=0.7, linestyle=":")  # what the GPU has
+    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step")
     axes[1].set(xlabel="frames", ylabel="seconds of a training step")
-    axes[0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(2.25, 0.5))
-    save(figure, "memory.png")
+    axes[1].legend(**OUTSIDE)
+    figure.savefig(HERE / "memory.png")
 
 
 def quality():
@@ -99,47 +96,49 @@ def quality():
                 axis.plot(x, loss, "o-" if "bi-" in name else "o--", ms=3, label=name)
                 axis.set(xlabel=what, title=f"{frames} frames")
     axes[0].set(ylabel="held-out loss")
-    axes[0].legend(frameon=False, fontsize=7)
-    save(figure, "quality.png")
+    axes[0].legend()
+    figure.savefig(HERE / "quality.png")
 
 
-def distance():
-    """How long videos keep the style of their walls."""
-    figure, axis = plt.subplots(figsize=(7, 2.4))
+def long():
+    """How long videos keep the style of their walls, and how a stream's pixels look, beside real walks."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 2.6), layout="constrained")
     for name, row in results("distance").items():
         if name != "made with":
             kept = np.array(row["kept"][8:]).reshape(-1, 8).mean(1)
-            axis.plot(12 + 8 * np.arange(len(kept)), kept, "-" if "," in name else ":", label=name)
-    axis.set(xlabel="frame", ylabel="share with the style of frame 8", ylim=(0, 1.05))
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, "distance.png")
-
-
-def stream():
-    """A stream of 5,000 frames: how its pixels look against time, beside real walks."""
+            axes[0].plot(12 + 8 * np.arange(len(kept)), kept, "-" if "," in name else ":", label=name)
+    axes[0].set(xlabel="frame", ylabel="share with the style of frame 8", ylim=(0, 1.05))
     one = results("streams")["one stream of 5,000 frames"]
-    figure, axis = plt.subplots(figsize=(9.5, 2.2))
-    names = "mean", "spread", "contrast of neighbours"
-    for values, real, name in zip(zip(*one["look"]), one["real"], names):
-        axis.plot(100 * np.arange(1, len(values) + 1), np.array(values) / real, label=name)
-    axis.set(xlabel="frame", ylabel="stream / real walks", ylim=(0.7, 1.1))
-    axis.legend(frameon=False, ncols=3, loc="upper right", fontsize=8)
-    save(figure, "stream.png")
+    real = np.mean(one["real"][np.argmax(one["style"][1:]) :: 3], axis=0)  # walks of its style
+    lines = axes[1].plot(100 * np.arange(1, len(one["look"]) + 1), np.array(one["look"]) / real)
+    axes[1].set(xlabel="frame of a stream", ylabel="stream / real walks", ylim=(0.8, 1.1))
+    axes[0].legend(**OUTSIDE)
+    axes[1].legend(lines, ("mean", "spread", "contrast"), **OUTSIDE)
+    figure.savefig(HERE / "long.png")
+
+
+def walk():
+    """What walk.py showed in a terminal, of two pixels a character, while the left arrow was held."""
+    screens = (HERE / "results/walk.txt").read_text().split("\x1b[H")[1:]
+    figure, axes = plt.subplots(1, len(screens), figsize=(9.5, 2.1))
+    for axis, screen in zip(axes, screens):
+        pixels = re.findall(r";2;(\d+);(\d+);(\d+)m", screen)  # upper, lower, upper, ...
+        picture = np.array(pixels, np.uint8).reshape(screen.count("\u2580\x1b[0m\n"), -1, 2, 3)
+        axis.imshow(picture.swapaxes(1, 2).reshape(2 * len(picture), -1, 3), interpolation="nearest")
+        axis.set(xticks=[], yticks=[], xlabel=screen.splitlines()[-1])
+    figure.savefig(HERE / "walk.png")
 
 
 def maze():
     """A moving picture: walks of the data, samples and a stream, with captions."""
     found, pictures = np.load(HERE / "results/frames.npz"), []
-    columns, captions = [found[name] for name in ("data", "samples", "continued", "stream")], found["captions"].tolist()
-    for k in range(min(map(len, (column[0] for column in columns)))):
-        figure, axes = plt.subplots(1, len(columns), figsize=(8.4, 2.5))
-        for axis, column, caption in zip(axes, columns, captions):
-            rows = [np.concatenate([video[k] for video in column[i : i + 2]], 1) for i in (0, 2)]
+    columns = [found[name] for name in ("data", "samples", "continued", "stream")]  # (4, f, h, w, 3) each
+    for k in range(columns[0].shape[1]):
+        figure, axes = plt.subplots(1, len(columns), figsize=(8.4, 2.5), layout="tight")
+        for axis, column, caption in zip(axes, columns, found["captions"]):
+            rows = [np.concatenate([*column[i : i + 2, k]], 1) for i in (0, 2)]
             axis.imshow(np.concatenate(rows, 0), interpolation="nearest")
-            axis.set_title(caption, fontsize=7)
-            axis.set_xlabel(f"frame {k}", fontsize=6)
-            axis.set(xticks=[], yticks=[])
-        figure.tight_layout()
+            axis.set(title=caption, xlabel=f"frame {k}", xticks=[], yticks=[])
         figure.canvas.draw()
         pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
         plt.close(figure)
@@ -147,5 +146,5 @@ def maze():
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("method", "memory", "quality", "distance", "stream", "maze"):
+    for name in sys.argv[1:] or ("method", "memory", "quality", "long", "walk", "maze"):
         globals()[name]()

@@ -17,7 +17,8 @@ import pytest
 import train
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMON = "--no-frame-noise --size 8 --frames 3 --batch 2 --sample-steps 2 --videos 2 --device cpu".split()
+SMALL = "--size 8 --frames 3 --batch 2 --sample-steps 2 --videos 2 --no-frame-noise"
+COMMON = [*SMALL.split(), "--no-amp", "--device", "cpu"]  # the defaults of a GPU would be others
 UNET = [*COMMON, *"--dim 8 --dim-mults 1,2 --heads 1 --temporal s6-glu".split()]
 DIM = [*COMMON, *"--backbone dim --patch 4 --width 16 --depth 1".split()]
 SERVER = multiprocessing.get_context("forkserver")  # whose programs need not import torch, for seconds
