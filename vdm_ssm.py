@@ -1064,8 +1064,7 @@ class SelectiveScan(torch.autograd.Function):
                     for gradient, x in zip(gradients, of_inputs):
                         gradient[rows, frames] = in_order(x)
                 dinitial_state[rows] = g.mT
-        du, ddt, dB, dC = gradients
-        return du, ddt, dA.T.to(A.dtype), dB, dC, dD.to(D.dtype), dinitial_state, None, None
+        return *gradients[:2], dA.T.to(A.dtype), *gradients[2:], dD.to(D.dtype), dinitial_state, None, None
 
     run = staticmethod(torch.compiler.disable(lambda *x: SelectiveScan.apply(*x)))  # its loops stay loops
 
