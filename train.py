@@ -749,7 +749,7 @@ def sample(args, checkpoint):
             raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
         show(out / "real", to_pixels(real, args.latents).numpy(), args)
-        print(f"real.npz: {data.about}\nscore them: python fvd.py {out}/real.npz {out}/fake.npz")
+        print(f"real.npz: {data.about}\nscore: python fvd.py {out}/real.npz {out}/fake.npz --features random")
     videos = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
     if rank == 0:
         show(out / "fake", videos, args)

@@ -13,13 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-plt.rcParams |= {"font.size": 9, "axes.titlesize": 8, "legend.fontsize": 7, "legend.frameon": False,
-                 "savefig.dpi": 130, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False}
-OUTSIDE = dict(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def results(name):
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
+plt.rcParams |= {"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "savefig.dpi": 130,
+                 "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+LAYERS = "attention", "linear-attention", "bi-s4d", "bi-mamba", "s4d", "mamba"
+COLOURS = dict(zip(LAYERS, plt.get_cmap("Paired").colors[1::2]))
+results = lambda name: json.loads((HERE / "results" / f"{name}.json").read_text())
+look = lambda name, line: dict(ls=line, color=COLOURS.get(re.split("[+,]", name)[0], "grey"), label=name)
 
 
 def method():
@@ -37,14 +36,16 @@ def method():
             axis.plot(*zip(a, b), color="#345", linewidth=0.9)
         axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="->", color="#345"))
 
-    level = ["5  ResBlock, twice\n(b c f h w), step t", "5  attention over space\n(b f) (h w) c",
-             "4  temporal layer\n(b h w) f c", "5  half height, width\n(b c' f h/2 w/2)"]  # fmt: skip
+    level = ["5  ResBlock, twice, step t\n(b c f h w) to c'", "5  attention over space\n(b f) (h w) c'",
+             "4  temporal layer\n(b h w) f c'", "5  half height, width\n(b c' f h/2 w/2)"]  # fmt: skip
     for i, text in enumerate(level):
         box(1, 27 - 8 * i, text, "#f7e6c8" if i == 2 else "#e8eef7", width=22)
         if i:
             arrow((12, 35 - 8 * i), (12, 32.2 - 8 * i))
     axis.text(1, 33, "6  a level of the U-Net", weight="bold")
-    axis.text(31, 33, "4  the temporal layer bi-mamba: a pixel's frames, both ways", weight="bold")
+    axis.text(31, 33, "4  the temporal layer bi-mamba, of a pixel: x + layer(norm(x))", weight="bold")
+    for x, y, text in ((40, 14.2, "u"), (39.5, 10, "z"), (73, 1, "numbers: sections of vdm_ssm.py")):
+        axis.text(x, y, text, fontsize=7, color="#555")
     arrow((23, 13.5), (31, 13.5))
     box(31, 11, "in_proj", width=8)
     for y, way in ((21, "frame by frame, forward"), (11, "the same on reversed frames")):
@@ -69,15 +70,15 @@ def memory():
     """Bytes and seconds of a training step on a GPU against the number of frames."""
     found = results("memory-cuda")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
-    for name, colour in zip(found["8"], plt.get_cmap("tab10").colors):
+    for name in (*LAYERS[:4], "bi-s4d+recompute", "bi-mamba+recompute"):
         points = [(int(f), row[name]) for f, row in found.items() if name in row]
-        style = dict(color=colour, marker="o", linestyle="--" if "+" in name else "-", ms=3, label=name)
-        axes[0].loglog(*zip(*((f, row["peak"] / 2**30) for f, row in points)), **style)
-        axes[1].loglog(*zip(*((f, np.median(row["seconds"])) for f, row in points)), **style)
-    axes[0].axhline(139.8, color="grey", linewidth=0.7, linestyle=":")  # what the GPU has
-    axes[0].set(xlabel="frames", ylabel="GiB, peak of a training step")
-    axes[1].set(xlabel="frames", ylabel="seconds of a training step")
-    axes[1].legend(**OUTSIDE)
+        for axis, value in zip(axes, (lambda x: x["peak"] / 2**30, lambda x: np.median(x["seconds"]))):
+            line = look(name, "-:"["+" in name])
+            axis.loglog([f for f, _ in points], [value(x) for _, x in points], marker=".", **line)
+    axes[0].axhline(139.8, color="black", lw=0.8, label="memory of the GPU")
+    for axis, what in zip(axes, ("GiB, peak of a training step", "seconds of a training step")):
+        axis.set(xlabel="frames", ylabel=what, xticks=[8, 32, 128, 512], xticklabels=[8, 32, 128, 512])
+    axes[0].legend(loc="center left", bbox_to_anchor=(2.25, 0.5))
     figure.savefig(HERE / "memory.png")
 
 
@@ -85,15 +86,13 @@ def quality():
     """Held-out loss of runs of equal memory against steps and time, the mean of their seeds."""
     figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey="row", layout="constrained")
     for frames, pair in zip((16, 64), axes.reshape(2, 2)):
-        runs = {}
-        for key, row in results(f"quality-{frames}").items():
-            if " seed " in key and "fd_random" in row:
-                runs.setdefault(key.split()[0], []).append(np.array(row["readings"]))
-        for name, readings in runs.items():
+        found = results(f"quality-{frames}")
+        for name in LAYERS:
+            readings = [found[f"{name} seed {seed}"]["readings"] for seed in (0, 1)]
             count = min(map(len, readings)) - 1  # the last one is where the time was over
             steps, seconds, loss = np.mean([[*r[:count], r[-1]] for r in readings], axis=0).T
             for axis, x, what in zip(pair, (steps, seconds), ("steps", "seconds of one core")):
-                axis.plot(x, loss, "o-" if "bi-" in name else "o--", ms=3, label=name)
+                axis.plot(x, loss, marker=".", **look(name, "-" if "bi-" in name else "--"))
                 axis.set(xlabel=what, title=f"{frames} frames")
     axes[0].set(ylabel="held-out loss")
     axes[0].legend()
@@ -103,17 +102,18 @@ def quality():
 def long():
     """How long videos keep the style of their walls, and how a stream's pixels look, beside real walks."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 2.6), layout="constrained")
-    for name, row in results("distance").items():
-        if name != "made with":
-            kept = np.array(row["kept"][8:]).reshape(-1, 8).mean(1)
-            axes[0].plot(12 + 8 * np.arange(len(kept)), kept, "-" if "," in name else ":", label=name)
+    windows = "attention, windows of 16", "bi-mamba, windows of 16"
+    for name in ("real", "mamba, a stream", *windows, "frames of all mixed"):
+        kept = np.array(results("distance")[name]["kept"][8:]).reshape(-1, 8).mean(1)
+        axes[0].plot(12 + 8 * np.arange(len(kept)), kept, **look(name, "-" if "," in name else ":"))
     axes[0].set(xlabel="frame", ylabel="share with the style of frame 8", ylim=(0, 1.05))
     one = results("streams")["one stream of 5,000 frames"]
     real = np.mean(one["real"][np.argmax(one["style"][1:]) :: 3], axis=0)  # walks of its style
-    lines = axes[1].plot(100 * np.arange(1, len(one["look"]) + 1), np.array(one["look"]) / real)
-    axes[1].set(xlabel="frame of a stream", ylabel="stream / real walks", ylim=(0.8, 1.1))
-    axes[0].legend(**OUTSIDE)
-    axes[1].legend(lines, ("mean", "spread", "contrast"), **OUTSIDE)
+    looks = np.array(one["look"]) / real
+    axes[1].plot(100 * np.arange(1, len(looks) + 1), looks, label=["mean", "spread", "contrast"])
+    axes[1].set(xlabel="frame of a stream", ylabel="stream / real walks", ylim=(0.9, 1.15))
+    for axis in axes:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "long.png")
 
 

@@ -1,14 +1,14 @@
 """What the papers claim, and what streams do, measured.    python assets/studies.py NAME [--run RUN]
 
     memory      training steps of the 14.1M U-Net of 8 to 1,024 frames: bytes, and on a GPU seconds
-    quality     of temporal layers that fill the same memory, of one way and two, of blocks around the core:
-                held-out loss and FD-random of runs of equal time, with clips of --frames frames
-    distance    how long samples far longer than the clips of training keep the style of their walls
-    streams     5,000 frames of a causal run, and 64 streams: drift, style, distance from real walks, time
-    actions     how well streams of a run with --actions follow the turns they are told
-    frames      pictures for the README: walks, samples of runs/maze, a stream of RUN
+    quality     of temporal layers that fill about the same memory, of one way and two, of blocks around the
+                core: held-out loss and FD-random of runs of equal time, with clips of --frames frames
+    distance    how long samples of runs/maze, attention, causal, far longer than clips, keep a style of walls
+    streams     5,000 frames of RUN, runs/causal, and 64 streams: drift, style, distance from real walks, time
+    actions     how well streams of RUN, a run with --actions, follow the turns they are told
+    frames      pictures for the README: walks, samples of runs/maze, streams of RUN
 
-Each writes assets/results/NAME.json row by row, goes on where it was stopped, and figures.py draws it."""
+A row is written to assets/results as it is measured, and not measured again: delete the file for that."""
 
 import argparse
 import itertools
@@ -41,12 +41,12 @@ class Results(dict):
     def __init__(self, name):
         self.path = HERE / "results" / f"{name}.json"
         self.update(json.loads(self.path.read_text()) if self.path.exists() else {})
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        self["made with"] = dict(command=" ".join(["python", *sys.argv]), torch=torch.__version__,
-                                 machine=f"{os.cpu_count()} cores, {gpu}")  # fmt: skip
 
     def row(self, key, compute):
         if key not in self:
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+            self["made with"] = dict(torch=torch.__version__, machine=f"{os.cpu_count()} cores, {gpu}",
+                                     threads=torch.get_num_threads(), command=" ".join(["python", *sys.argv]))
             self[key] = compute()
             print(key, self[key] if len(str(self[key])) < 200 else "...", flush=True)
             with train.whole(self.path) as file:
@@ -97,7 +97,7 @@ def drawn(run, count, frames, past=None, actions=None):
         yield train.to_pixels(x).numpy()
 
 
-whole = lambda *args, **options: np.concatenate([*drawn(*args, **options)], axis=1)
+at_once = lambda *args, **options: np.concatenate([*drawn(*args, **options)], axis=1)
 
 
 SECONDS = 240  # of one core, for each run
@@ -163,8 +163,8 @@ def quality(results, options):
     results.row("FD-random of other walks", lambda: fvd.frechet_distance(real, others))
     layers = [*itertools.product((0, 1), LAYERS), *((0, block) for block in BLOCKS if frames == 16)]
     for seed, layer in layers:
-        both = layer if layer in LAYERS[:4] else "bi-mamba"  # one way at the width of two: a few weights less
-        dim, *mib = results.row(f"width {both}", lambda: width(both, frames))
+        like = layer if layer in LAYERS[:4] else f"bi-{layer}" if layer in LAYERS else "bi-mamba"
+        dim, *mib = results.row(f"width {like}", lambda: width(like, frames))
 
         def run():
             diffusion, readings = learn(layer, frames, dim, seed)
@@ -194,7 +194,8 @@ def consistency(videos):
     style, x = style_of(videos), videos.astype(np.float32)
     half = range(x.shape[1] // 2, x.shape[1])
     nearest = [abs(x[:, : k - 15] - x[:, k : k + 1]).mean((2, 3, 4)).min(1) for k in half]
-    return dict(kept=(style == style[:, 8:9]).mean(0).tolist(), new=float(np.mean(nearest)))
+    kept = (style == style[:, 8:9]) & (style >= 0)
+    return dict(kept=kept.mean(0).tolist(), new=float(np.mean(nearest)))
 
 
 def distance(results, options, count=12, frames=128):
@@ -206,29 +207,27 @@ def distance(results, options, count=12, frames=128):
     for name, videos in known.items():
         results.row(name, lambda: consistency(videos))
     for name, told in RUNS.items():
-        results.row(name, lambda: consistency(whole(told, count, frames)))
+        results.row(name, lambda: consistency(at_once(told, count, frames)))
 
 
 def one_long_stream(run, total=5000):
     """-> look of each 100 frames, styles, seconds and memory of a stream, beside a real walk's look"""
-    frames, times, peaks = [], [time.perf_counter()], []
-    for frame in drawn(run, 1, total):
-        frames.append(frame[0, 0])
+    frames, times, mib = np.empty((total, 16, 16, 3), np.uint8), [time.perf_counter()], []
+    for k, frame in enumerate(drawn(run, 1, total)):
+        frames[k] = frame[0, 0]
         times.append(time.perf_counter())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        peaks.append(peak - len(frames) * frame.nbytes / 2**20)  # without the frames kept here
-    frames, seconds = np.stack(frames), np.diff(times)
+        mib.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    seconds = np.diff(times)
     return dict(look=[look(part) for part in np.split(frames, total // 100)],
                 real=[look(walk) for walk in walks(0, 9, total // 9)],
                 style=np.bincount(style_of(frames) + 1, minlength=4).tolist(),
-                style_kept=float((style_of(frames) == style_of(frames[8])).mean()),
                 seconds_first_500=seconds[10:510].mean(), seconds_last_500=seconds[-500:].mean(),
-                mib_at_100=peaks[99], mib_at_end=peaks[-1])  # fmt: skip
+                mib_at_100=mib[99], mib_at_end=mib[-1])  # fmt: skip
 
 
 def many_streams(run, count=64, frames=96):
     """-> share of streams with the style of frame 8 at each later one, FD-random of first and last frames"""
-    videos, real, net = whole(run, count, frames), walks(0, 2 * count, 16), fvd.random_i3d()
+    videos, real, net = at_once(run, count, frames), walks(0, 2 * count, 16), fvd.random_i3d()
     style, (first, *sets) = style_of(videos), (real[:count], real[count:], videos[:, :16], videos[:, -16:])
     features = fvd.video_features(first, net)
     distance = [fvd.frechet_distance(features, fvd.video_features(clips, net)) for clips in sets]
@@ -268,33 +267,34 @@ def actions(results, options):
     net = regressor()
 
     def follow(videos, told):
-        """Correlation of the turns told and seen, in each video and in all."""
-        seen, told = net(pairs(videos)).view(len(videos), -1).numpy(), told[:, 1:]
-        correlation = lambda a, b: float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
-        return dict(each=[correlation(*both) for both in zip(seen, told)], all=correlation(seen, told))
+        """The correlation of the turns that are told and seen."""
+        return float(np.corrcoef(net(pairs(videos)), told[:, 1:].flatten())[0, 1])
 
     real, led = (2000, 50, 33), (5000, 8, 200)
-    results.row("50 real walks", lambda: follow(walks(*real), turns(*real)))
-    streamed = lambda: whole(options.run, *led[1:], actions=10 * turns(*led)[..., None])
-    results.row("8 streams of 200 frames", lambda: follow(streamed(), turns(*led)))
+    results.row("50 real walks of 33 frames", lambda: follow(walks(*real), turns(*real)))
+    streamed = at_once(options.run, *led[1:], actions=10 * turns(*led)[..., None])
+    results.row("8 streams of 200 frames", lambda: follow(streamed, turns(*led)))
+    for k in range(len(streamed)):
+        results.row(f"stream {k}", lambda: follow(streamed[k : k + 1], turns(*led)[k : k + 1]))
 
 
 def frames(results, options, count=4, length=32):
     steps = lambda run: f"{train.load_checkpoint(run)['step']} steps"
-    after = whole("runs/maze", count, length - 8, past=clips(walks(100, count, 8)))
+    after = at_once("runs/maze", count, length - 8, past=clips(walks(100, count, 8)))
     np.savez_compressed(HERE / "results/frames.npz", data=walks(0, count, length),
-                        samples=whole("runs/maze --past 0", count, length),
+                        samples=at_once("runs/maze --past 0", count, length),
                         continued=np.concatenate([walks(100, count, 8), after], axis=1),
-                        stream=whole(options.run, count, 100 + length)[:, 100:],
-                        captions=["data", f"samples, {steps('runs/maze')}", "the first 8 are real",
-                                  f"streams from frame 100, {steps(options.run)}"])  # fmt: skip
+                        stream=at_once(options.run, count, 100 + length)[:, 100:],
+                        captions=["data", f"samples, {steps('runs/maze')}", "8 real frames, then samples",
+                                  f"streams after 100 frames, {steps(options.run)}"])  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", choices=("memory", "quality", "distance", "streams", "actions", "frames"))
-    parser.add_argument("--run", default="runs/causal", help="a causal run")
+    parser.add_argument("--run", help="a causal run, by default runs/causal, for actions runs/walk")
     parser.add_argument("--frames", type=int, choices=(16, 64), default=16, help="of a clip, for quality")
     options = parser.parse_args()
+    options.run = options.run or ("runs/walk" if options.name == "actions" else "runs/causal")
     part = dict(quality=f"-{options.frames}", memory="-cuda" * torch.cuda.is_available())
     globals()[options.name](Results(options.name + part.get(options.name, "")), options)
