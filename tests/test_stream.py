@@ -49,8 +49,9 @@ def test_a_causal_network_does_not_see_what_follows(name):
 @pytest.mark.parametrize("amp", [False, True])
 def test_frame_by_frame_and_in_pieces_a_causal_network_computes_the_whole_clip(name, amp):
     model, x, t, sizes = causal(name), video(24), torch.randint(256, (2, 24)), [1, 1, 1, 17, 2, 1, 1]
-    # The recurrence of S4D rounds unlike its FFT, and bfloat16 makes of any difference its own error, 1.5 %.
-    bound = 1e-5 if not amp else 2e-2 if "s4d" in name else 1e-3
+    # bfloat16 makes of any difference its own error: of products of other shapes, without AVX-512, 0.5 %, and
+    # of the recurrence of S4D, which rounds unlike its FFT, 1.5 %.
+    bound = 1e-5 if not amp else 2e-2 if "s4d" in name else 1e-2
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         states, ys = {}, []
         for x_k, t_k in zip(x.split(sizes, dim=2), t.split(sizes, dim=1)):
