@@ -7,14 +7,12 @@
     python train.py sample runs/maze --videos 64 --real 64
     torchrun --nproc_per_node 8 train.py ...   one process per GPU
 
-A run writes into its own folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ some of
-its data and what it draws, as .npz, .mp4, .gif and .png, a sheet with a row per video. Decoded videos are
-kept beside it, in cache/.
+A run writes into its folder checkpoint-STEP.pt, log.jsonl, a line per step, and into samples/ some of its
+data and what it draws, as .npz, .mp4, .gif and .png. Decoded videos are kept beside it, in cache/.
 
 Map: 1. The maze   2. Videos   3. Files   4. Processes   5. The loop   6. Sampling   7. The command line"""
 
 import argparse
-import contextlib
 import gc
 import hashlib
 import itertools
@@ -26,8 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections import deque
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +33,6 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -45,7 +41,7 @@ from tqdm import tqdm
 
 import vdm_ssm
 from fvd import RANGES, UnreadableVideo, find_videos, load_array, naming, open_videos, read_frames
-from vdm_ssm import DIM_SIZES, TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
+from vdm_ssm import TEMPORAL_LAYERS, GaussianDiffusion, ddim, dpm_solver, stream
 
 # -----------------------------------------------------------------------------
 # 1. The maze: endless first-person videos, each from a seed
@@ -159,23 +155,18 @@ def maze_render(wall, position, gaze, style, size):
 
 def maze_video(seed, frames, size):
     """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
-    wall, *walk = maze_walk(seed, frames)
-    chunk = max(1, 2**12 // size**2)  # frames at once: their samples stay in the cache
-    video = np.empty((frames, size, size, 3), np.uint8)
-    for part in (slice(k, k + chunk) for k in range(0, frames, chunk)):
-        video[part] = maze_render(wall, *(x[part] for x in walk), maze_style(seed), size)
-    return video
+    (wall, *walk), chunk = maze_walk(seed, frames), max(1, 2**12 // size**2)  # frames whose rays fit a cache
+    parts = (slice(k, k + chunk) for k in range(0, frames, chunk))
+    return np.concatenate([maze_render(wall, *(x[p] for x in walk), maze_style(seed), size) for p in parts])
 
 
 # -----------------------------------------------------------------------------
 # 2. Videos
 #
 # Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought
-# to size (short side to --size, centre crop) and kept as a memory-mapped file: larger sets than memory train.
+# to size and kept as a memory-mapped file, under a KEY made of all that its frames depend on:
 #
 #     source --read_source--> frames --decode--> cache/KEY.npy, (videos, frames, size, size, channels)
-#
-# KEY is made of all that the frames depend on. A file gets its name when it is whole: what is there is valid.
 
 SPLIT_LISTS = "video_{}.csv", "ucfTrainTestlist/{}list01.txt"  # of CARLA Town01 and UCF101
 CORES = min(8, os.cpu_count() or 1)
@@ -184,9 +175,9 @@ CORES = min(8, os.cpu_count() or 1)
 def find_splits(path):
     """Sources of videos at or below a path.    -> {"all": list of Path, maybe "train": ..., "test": ...}
 
-    A folder has splits if it holds folders train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its
-    videos lie in it, beside it or one level below (CARLA, UCF101). Of a listed path the last part counts, in
-    any case of letters; what is missing is skipped later, by its name. Raises UnreadableVideo."""
+    A folder has splits if it holds train/ and test/ (MineRL Navigate, GQN-Mazes), or if lists of its videos
+    lie in it, beside it or one level below (CARLA, UCF101). Of a listed path the last part counts, whatever
+    the case of its letters. Raises UnreadableVideo."""
     path, parts = Path(path), ("train", "test")
     sources = [source for source in find_videos(path) if source.name != "actions.npz"]
     if all((path / part).is_dir() for part in parts):
@@ -204,13 +195,11 @@ def find_splits(path):
 
 def resize(frame, size, antialias=True):
     """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
-    h, w = frame.shape[:2]
-    shape = size * h // min(h, w), size * w // min(h, w)
-    scale = partial(F.interpolate, size=shape, mode="bilinear", antialias=antialias)
-    planes = (torch.from_numpy(frame[None, None, ..., c]) for c in range(3))
-    small = [scale(x.float()).round().clamp(0, 255).byte() for x in planes]  # one by one: floats take 4 bytes
+    shape = [size * side // min(frame.shape[:2]) for side in frame.shape[:2]]
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None]  # bytes: floats of a large film would fill the memory
+    x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=antialias)[0].permute(1, 2, 0)
     top, left = (round((side - size) / 2) for side in shape)  # torchvision's rounding: 2.5 to 2, 5.5 to 6
-    return torch.cat(small)[:, 0, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    return x[top : top + size, left : left + size].numpy()
 
 
 def read_source(source, args):
@@ -220,11 +209,10 @@ def read_source(source, args):
     if args.latents:
         with naming(source):
             array, side = load_array(source), args.size
-            fits = array.dtype.kind == "f" and array.shape[1:-1] == (side, side) and array.size
-            if not (fits and np.isfinite(array.astype(np.float32)).all()):
-                raise ValueError(f"{array.dtype} {array.shape} is not float (frames, --size {side}, {side}, "
-                                 "channels) without NaN and infinite values")
-            yield array.astype(np.float32)
+            x, fits = array.astype(np.float32), array.dtype.kind == "f" and array.shape[1:-1] == (side, side)
+            if not (fits and x.size and np.isfinite(x).all()):
+                raise ValueError(f"{array.dtype} {x.shape} is not finite float (f, --size {side}, {side}, c)")
+            yield x
 
 
 def decode(job, args):
@@ -243,7 +231,6 @@ def decode(job, args):
 
 def cached(sources, args):
     """Decode what is missing, in several processes.    -> {source: its file}, {source: why it is skipped}"""
-    os.makedirs(args.cache, exist_ok=True)
     paths = {}
     for source in sources:
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -257,12 +244,6 @@ def cached(sources, args):
     reasons = zip(missing, tqdm(loader, desc="decoding", unit="file", disable=not missing))
     skipped = {source: why for (source, _), why in reasons if why}
     return {source: str(path) for source, path in paths.items() if source not in skipped}, skipped
-
-
-def thinned(actions, stride):
-    """What leads to every stride-th frame, summed; nothing to the first.    (f, n) -> (f / stride, n)"""
-    total = np.cumsum(actions, axis=0)[::stride]
-    return torch.from_numpy(np.diff(total, axis=0, prepend=total[:1])).float()
 
 
 class MazeVideos(Dataset):
@@ -280,11 +261,10 @@ class MazeVideos(Dataset):
         return 2**32
 
     def __getitem__(self, i):
-        seed, stride = maze_seed(self.split, self.args.seed * 2**32 + i), self.args.stride
-        frames = stride * (self.args.frames - 1) + 1
-        turns = 10 * maze_turns(seed, frames)[:, None] if self.args.actions else np.zeros((frames, 0))
-        video = maze_video(seed, frames, self.args.size)
-        return to_model_range(video[::stride]), maze_style(seed), thinned(turns, stride)
+        args, seed = self.args, maze_seed(self.split, self.args.seed * 2**32 + i)
+        video = maze_video(seed, args.stride * (args.frames - 1) + 1, args.size)[:: args.stride]
+        turns = 10 * maze_turns(seed, args.frames)[:, None] if args.actions else np.zeros((args.frames, 0))
+        return to_model_range(video), maze_style(seed), turns
 
 
 class FolderVideos(Dataset):
@@ -315,11 +295,10 @@ class FolderVideos(Dataset):
             if len(led) >= frames >= self.span:
                 label = self.classes.index(source.parent.name)
                 self.videos += [(path, k, label, led) for k in range(videos)]
-        total, longest = sum(row[1] for row in self.identity), max([0, *(row[2] for row in self.identity)])
+        total = sum(row[1] for row in self.identity)
         self.about = f"{len(self)} of {total} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
-            why = next(iter(self.skipped.values()), "see --frames, --stride")
-            raise ValueError(f"{self.about}, but at most {longest} ({why})")
+            raise ValueError(f"{self.about}: {next(iter(self.skipped.values()), 'see --frames, --stride')}")
         self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
 
     def __len__(self):
@@ -332,7 +311,7 @@ class FolderVideos(Dataset):
         frames, stride = np.load(path, mmap_mode="r")[video], self.args.stride
         start = np.random.default_rng([self.args.seed, epoch, k]).integers(len(frames) - self.span + 1)
         part = slice(start, start + self.span)
-        return to_model_range(frames[part][::stride]), label, thinned(actions[part], stride)
+        return to_model_range(frames[part][::stride]), label, np.float32(actions[part])
 
 
 def videos_of(args, held_out=False):
@@ -346,10 +325,10 @@ def videos_of(args, held_out=False):
 # A file is written under another name and then renamed, which a file system does at once or not at all: a
 # killed run leaves the old file or the new one, never half of one.
 
-
-@contextlib.contextmanager
+@contextmanager
 def whole(path):
-    """An open file that becomes `path` when it is complete. Raises OSError if it cannot be written."""
+    """An open file that becomes `path` when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # two processes may write one path
     try:
         with open(part, "wb") as file:
@@ -357,8 +336,6 @@ def whole(path):
             file.flush()
             os.fsync(file.fileno())  # first the content, then the name: a power cut leaves no empty file
         os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}); what it held before is intact") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -375,17 +352,15 @@ def to_pixels(x, latents=False):
     return x if latents else ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def tiled(pictures, columns=None, gap=0):
-    """Pictures in rows, by default in a square.    uint8 (n, h, w, 3) -> (H, W, 3), even sides for H.264"""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    scale = max(1, 64 // pictures.shape[2])  # to about 64 pixels
-    cells = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
-    edges = (0, -len(cells) % columns), (0, gap), (0, gap), (0, 0)
-    page = rearrange(np.pad(cells, edges, constant_values=255), "(r s) h w c -> (r h) (s w) c", s=columns)
-    return np.pad(page, ((0, page.shape[0] % 2), (0, page.shape[1] % 2), (0, 0)))
+def page(videos):
+    """Videos below each other, time to the right.    uint8 (b, f, h, w, 3) -> (H, W, 3), even, for H.264"""
+    scale, gap = max(1, 64 // videos.shape[3]), ((0, 0), (0, 0), (0, 4), (0, 4), (0, 0))
+    cells = np.pad(videos.repeat(scale, axis=2).repeat(scale, axis=3), gap, constant_values=255)
+    picture = rearrange(cells, "b f h w c -> (b h) (f w) c")[:-4, :-4]
+    return np.pad(picture, [(0, side % 2) for side in picture.shape[:2]] + [(0, 0)])
 
 
-@contextlib.contextmanager
+@contextmanager
 def film(path, fps):
     """An MP4 that grows, a GIF and a sheet, .png.    -> function that appends uint8 videos (b, f, h, w, 3)
 
@@ -395,7 +370,7 @@ def film(path, fps):
 
     def append(videos):
         for pictures, k in zip(videos.swapaxes(0, 1), count):
-            mp4.write_frame(tiled(pictures))
+            mp4.write_frame(page(pictures[None]))
             shown[k], step = pictures, 2 ** (k // 32).bit_length()  # 1 before frame 32, 2 before 64, ...
             for i in [i for i in shown if i % step]:
                 del shown[i]
@@ -404,15 +379,13 @@ def film(path, fps):
         mp4.init_video_stream("libx264", fps=fps)
         yield append
     if shown:
-        pages, cells = [*map(tiled, shown.values())], rearrange([*shown.values()], "f b h w c -> (b f) h w c")
-        with whole(path.with_suffix(".gif")) as gif, whole(path.with_suffix(".png")) as png:
-            iio.imwrite(gif, pages, extension=".gif", duration=1000 / fps, loop=0)  # it merges equal frames
-            iio.imwrite(png, tiled(cells, len(shown), gap=4), extension=".png")
+        pages, sheet = [page(x[None]) for x in shown.values()], page(np.stack([*shown.values()], axis=1))
+        iio.imwrite(path.with_suffix(".gif"), pages, duration=1000 / fps, loop=0)  # it merges equal frames
+        iio.imwrite(path.with_suffix(".png"), sheet)
 
 
 def show(path, videos, args):
     """Write videos as an array, PATH.npz, and the first 16 as films, if they are no latents."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path.with_suffix(".npz")) as file:
         np.savez_compressed(file, videos=videos)
     if not args.latents:
@@ -422,8 +395,7 @@ def show(path, videos, args):
 
 def checkpoints(folder):
     """The checkpoints in a folder, by their steps.    -> list of Path, the newest last"""
-    paths = (path for path in Path(folder).glob("checkpoint-*.pt") if path.stem[11:].isdecimal())
-    return sorted(paths, key=lambda path: int(path.stem[11:]))
+    return sorted(Path(folder).glob("checkpoint-*[0-9].pt"), key=lambda path: (len(path.name), path.name))
 
 
 def load_checkpoint(run):
@@ -444,10 +416,9 @@ def rewind(out, step):
     for path in out.rglob("*.part"):  # of a killed run
         path.unlink()
     log = out / "log.jsonl"
-    log.touch()
-    lines = log.read_bytes().splitlines(keepends=True)[:step]  # one for each step
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []  # one for each step
     with whole(log) as file:
-        file.writelines(lines)
+        file.writelines(lines[:step])
 
 
 # -----------------------------------------------------------------------------
@@ -456,9 +427,8 @@ def rewind(out, step):
 # `torchrun` starts this file once per GPU. The processes, ranks, hold the same weights, each takes its share
 # of every batch, and DistributedDataParallel averages their gradients. Rank 0 alone writes and prints.
 
-
 def join(device):
-    """Become one of torchrun's processes, or the only one.    -> rank, number of ranks, torch.device"""
+    """Become one of torchrun's processes, or the only one.    -> rank, number of ranks"""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if ranks > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -466,18 +436,15 @@ def join(device):
         nccl = device == "cuda" and dist.is_nccl_available()  # not on Windows
         # A rank that dies is noticed at once; the timeout is for a rank 0 that decodes videos for hours.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    return rank, ranks, torch.device(device)
+    return rank, ranks
 
 
-def gather(x):
-    """The tensors of all ranks, on the CPU. All ranks wait here for each other.    (...) -> (ranks, ...)"""
-    x = x.cpu().contiguous()
-    xs = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
+def total(number):
+    """The sum of a number over all ranks. They wait here for each other."""
+    number = torch.tensor(number, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_gather(xs, x)
-    return torch.stack(xs)
+        dist.all_reduce(number)
+    return number.item()
 
 
 def on_signal(action, *_):
@@ -502,38 +469,27 @@ def generators(seed, items, device="cpu"):
     return [torch.Generator(device).manual_seed(s) for s in seeds]
 
 
-def draw(items, shape, args, device):
-    """What an item draws besides its video.    -> t, noise (b, *shape), keep (b): is its condition shown?
-
-    t is (b, f), a level for each frame [Diffusion Forcing, 2407.01392], or (b) with --no-frame-noise."""
-    rngs = generators(args.seed, items, device)
-    levels = shape[1:2] if args.frame_noise else ()
+def draw(items, shape, args):
+    """What an item draws besides its video.    -> t (b, f) or (b), noise (b, *shape), keep (b): told?"""
+    device, rngs = args.device, generators(args.seed, items, args.device)
+    levels = shape[1:2] if args.frame_noise else ()  # one for each frame: Diffusion Forcing, 2407.01392
     t = [torch.randint(args.diffusion_steps, levels, generator=rng, device=device) for rng in rngs]
     eps = [torch.randn(shape, generator=rng, device=device) for rng in rngs]
     keep = [torch.rand((), generator=rng, device=device) >= args.cond_drop for rng in rngs]
     return torch.stack(t), torch.stack(eps), torch.stack(keep)
 
 
-def conditions(labels, actions, args, device):
-    """What the network is told.    labels (b), actions (b, f, k) -> (b, classes), or None for nothing
-
-    With actions it is told frame by frame, (b, f, classes + k), and nothing where they are None."""
-    cond = F.one_hot(torch.as_tensor(labels), len(args.classes)).float() if args.classes else None
-    if args.action_dim:
-        if actions is None:
-            return None
-        told = actions.float()
-        cond = told if cond is None else torch.cat([cond[:, None].expand(-1, told.shape[1], -1), told], dim=2)
-    return None if cond is None else cond.to(device)
+def conditions(labels, actions, args):
+    """What the network is told.    labels (b), actions (b, f, k) -> (b, f, classes + k), None for nothing"""
+    label = torch.as_tensor(labels)[:, None, None] == torch.arange(len(args.classes))  # (b, 1, classes)
+    cond = torch.cat([label.expand(-1, actions.shape[1], -1), actions], dim=2)
+    return cond.float().to(args.device) if cond.shape[2] else None
 
 
 def build(args):
-    """The network of a run, on the CPU.    -> name of its class in vdm_ssm, its arguments, itself
-
-    Raises ValueError for what it could not draw, before hours are spent."""
+    """The network of a run, on the CPU.    -> its class in vdm_ssm, arguments, itself. Raises ValueError."""
     if args.backbone == "dim":
-        size = DIM_SIZES.get(args.dim_size, dict(depth=args.depth, d=args.width))
-        name, own = "DiM", dict(size, patch=args.patch)
+        name, own = "DiM", dict(depth=args.depth, d=args.width, patch=args.patch)
     else:
         name, own = "UNet3D", dict(dim=args.dim, dim_mults=tuple(args.dim_mults), heads=args.heads,
                                    temporal=args.temporal, causal=args.causal)
@@ -549,15 +505,15 @@ def build(args):
 
 def train(args, checkpoint=None):
     """The training loop, from the start or from a checkpoint."""
-    rank, ranks, device = join(args.device)
+    rank, ranks = join(args.device)
     data = videos_of(args) if rank == 0 else None  # the others find what it has decoded
-    gather(torch.zeros(1))
+    total(0)
     data = videos_of(args) if rank > 0 else data
     args.channels, args.classes = data.channels, data.classes if args.class_cond else []
     args.action_dim = data.action_dim if args.actions else 0
     torch.manual_seed(args.seed)
     network, network_args, model = build(args)
-    model.to(device, memory_format=torch.channels_last)  # as activations lie: 5 % faster
+    model.to(args.device, memory_format=torch.channels_last)  # as activations lie: 5 % faster
     decay = lambda k: min(args.ema, (1 + float(k)) / (10 + float(k)))  # a shorter average at first
     ema = AveragedModel(model, multi_avg_fn=lambda a, b, k: get_ema_multi_avg_fn(decay(k))(a, b, k))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
@@ -579,41 +535,36 @@ def train(args, checkpoint=None):
                 block.compile(dynamic=False)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
     diffusion_args = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
-    diffusion = GaussianDiffusion(net, **diffusion_args).to(device)
+    diffusion = GaussianDiffusion(net, **diffusion_args).to(args.device)
     # This rank's share of all batches. Loaders ignore a signal to the whole group: the run will end them.
     firsts = range(begin * per_step + rank * args.batch, 10**15, ranks * args.batch)
     shares = lambda: (range(first, first + args.batch) for first in firsts)
     loader = DataLoader(data, batch_sampler=shares(), num_workers=args.workers,
-                        worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=device.type == "cuda")
+                        worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=args.device == "cuda")
     batches, out, stop, step = zip(shares(), loader), Path(args.out), [], begin
     if rank == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=begin > 0)
         rewind(out, begin)
         if not begin:
             some = torch.stack([data[i][0] for i in range(args.sample_videos)])
             show(out / "samples/data", to_pixels(some, args.latents).numpy(), args)
         size = sum(p.numel() for p in model.parameters())
-        print(f"{network}, {size:,} weights, on {ranks} x {device}\n{data.about}\nwrites {out}", flush=True)
+        print(f"{network}, {size:,} weights, {ranks} x {args.device}\n{data.about}\nwrites {out}", flush=True)
     on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))  # a second signal ends it at once
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0)
 
     while True:
         # Save and draw what is due. A signal to one rank stops all after the same step.
         due = lambda interval: step > 0 and (step >= args.steps or step % interval == 0)
-        path = out / f"checkpoint-{step:06d}.pt"
-        drawn = out / f"samples/step-{step:06d}"
-        stopped = gather(torch.tensor(len(stop))).any().item()
+        stopped = total(len(stop)) > 0
         if rank == 0 and step > begin and (due(args.save_every) or stopped):
             made = vars(args), step, per_step, data.identity, network, network_args, diffusion_args
             states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
-            with whole(path) as file:
+            with whole(out / f"checkpoint-{step:06d}.pt") as file:
                 torch.save(dict(zip(CHECKPOINT, made + states)), file)
             for old in checkpoints(out)[: -args.keep]:
                 old.unlink()
-        if due(args.sample_every):
-            videos = sample_videos(ema.module, args, device)
-            if rank == 0:
-                show(drawn, videos, args)
+        if rank == 0 and due(args.sample_every):
+            show(out / f"samples/step-{step:06d}", sample_videos(ema.module, args), args)
         if step >= args.steps or stopped:
             break
 
@@ -621,14 +572,14 @@ def train(args, checkpoint=None):
         step, began, losses = step + 1, time.time(), []
         for k in range(args.grad_accum):
             items, (x0, labels, actions) = next(batches)
-            x0 = x0.to(device, non_blocking=device.type == "cuda")
-            cond = conditions(labels, actions, args, device)
-            t, eps, keep = draw(items, x0.shape[1:], args, device)
+            x0 = x0.to(args.device, non_blocking=args.device == "cuda")
+            cond = conditions(labels, actions, args)
+            t, eps, keep = draw(items, x0.shape[1:], args)
             net.require_backward_grad_sync = k == args.grad_accum - 1  # ranks meet once a step
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                 losses.append(diffusion.loss(x0, t, eps, cond, keep) / args.grad_accum)
             losses[-1].backward()
-        loss = gather(sum(losses).detach()).mean().item()
+        loss = total(sum(losses).item()) / ranks
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr, or give --no-amp")
@@ -647,8 +598,9 @@ def train(args, checkpoint=None):
                 log.write(json.dumps(line) + "\n")
 
     bar.close()
-    print(f"stopped after step {step}, --resume {out}" if step < args.steps else f"wrote {path}, {drawn}.*")
-    print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
+    if rank == 0:
+        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
+        print(f"stopped after step {step}, --resume {out}" if step < args.steps else f"see {out}/samples")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
         dist.destroy_process_group()
@@ -657,29 +609,26 @@ def train(args, checkpoint=None):
 # -----------------------------------------------------------------------------
 # 6. Sampling
 
-
-def pieces(model, args, device, numbers, past=None, actions=None, progress=iter):
+def pieces(model, args, numbers, past=None, actions=None, progress=iter):
     """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
 
     A causal network draws frame by frame. Another draws windows as long as in training, each after the last
     --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
     (frames, k) or (b, frames, k). A seed and a number make the same video, whatever is drawn beside it."""
     rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
-    noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(device)
+    noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(args.device)
     ddpm = partial(ddim, eta=1, randn_like=lambda x: noise(x.shape[2]))
     sampler = dict(ddim=ddim, ddpm=ddpm, dpm=dpm_solver)[args.sampler]
     how = dict(sampler=sampler, guidance=args.guidance, steps=args.sample_steps)
-    turn = [args.label] if args.label else args.classes  # all in turn
-    labels = [args.classes.index(turn[i % len(turn)]) for i in numbers if turn]
-    if args.action_dim and actions is None and not args.cond_drop:
-        actions = torch.zeros(args.frames, args.action_dim)  # for it has never been told nothing
-    led = None if actions is None else torch.as_tensor(actions).expand(len(rngs), -1, -1)
-    told = conditions(labels, led, args, device)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    diffusion = GaussianDiffusion(mixed(model.forward), args.diffusion_steps, args.target, not args.latents)
-    diffusion.to(device)
+    turn, told = range(max(1, len(args.classes))), None
+    labels = [args.classes.index(args.label) if args.label else turn[i % len(turn)] for i in numbers]
+    if actions is not None or not (args.action_dim and args.cond_drop):  # else it knows what it is not told
+        led = torch.zeros(1, args.action_dim) if actions is None else torch.as_tensor(actions)
+        told = conditions(labels, led.expand(len(rngs), -1, -1), args)
+    net = torch.autocast(args.device, torch.bfloat16, enabled=args.amp)(model.forward)
+    diffusion = GaussianDiffusion(net, args.diffusion_steps, args.target, not args.latents).to(args.device)
     if args.causal:
-        each = told if actions is None else (told[:, k] for k in range(args.frames))
+        each = told if actions is None else told.split(1, dim=1)
         yield from itertools.islice(stream(diffusion, partial(noise, 1), past, each, **how), args.frames)
         return
     window, left = args.window if args.past else args.frames, args.frames
@@ -687,75 +636,61 @@ def pieces(model, args, device, numbers, past=None, actions=None, progress=iter)
         f = min(left, window - (0 if past is None else past.shape[2]))
         # The past gets a little noise, as in `stream`: shown as clean, it hands on errors, and colours drift.
         level = args.diffusion_steps // 8
-        t = torch.full((len(rngs),), level, device=device)
+        t = torch.full((len(rngs),), level, device=args.device)
         seen = None if past is None else diffusion.add_noise(past, t, noise(past.shape[2]))
         x = diffusion.sample(noise(f), cond=told, past=seen, level=level, progress=progress, **how)
         yield x
         left, past = left - f, torch.cat([x] if past is None else [past, x], dim=2)[:, :, -args.past :]
 
 
-def sample_videos(model, args, device, progress=iter):
-    """--videos videos, shared out among the ranks.    -> (n, frames, size, size, c) uint8, latents float32"""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    each = math.ceil(args.sample_videos / ranks)  # the last ones may be too many: all ranks gather one shape
-    mine, parts = range(rank * each, (rank + 1) * each), []
-    for part in (mine[i : i + args.batch] for i in range(0, each, args.batch)):
-        x = torch.cat([*pieces(model, args, device, part, progress=progress)], dim=2)
-        parts.append(to_pixels(x, args.latents))
-    return gather(torch.cat(parts)).flatten(0, 1)[: args.sample_videos].numpy()
+def sample_videos(model, args, progress=iter):
+    """--videos videos, --batch at once.    -> (n, frames, size, size, c) uint8, of latents float32"""
+    numbers, parts = range(args.sample_videos), []
+    for i in numbers[:: args.batch]:
+        drawn = pieces(model, args, numbers[i : i + args.batch], progress=progress)
+        parts.append(to_pixels(torch.cat([*drawn], dim=2), args.latents))
+    return torch.cat(parts).numpy()
 
 
-def sample_film(model, args, device):
-    """Videos of any length into film.mp4, as they are drawn: after those of --after, under --actions FILE."""
+def sample_film(model, args):
+    """Videos of any length into film.mp4, as they are drawn, after --after, under --actions, until Ctrl-C."""
+    if args.latents or args.real:
+        raise ValueError("long films are drawn in pixels, without --real")
     past = actions = None
     if args.after:
-        video, *_ = open_videos(find_videos(args.after)[0], RANGES.get(args.floats))
-        span = args.stride * (args.past - 1) + 1
-        last = [*deque((resize(frame, args.size, args.antialias) for frame in read_frames(video)), span)]
-        if len(last) < span:
-            raise ValueError(f"--after {args.after} has {len(last)} frames; --past {args.past} takes {span}")
-        past = to_model_range(last[:: args.stride]).to(device).expand(args.sample_videos, -1, -1, -1, -1)
+        last = [*next(read_source(find_videos(args.after)[0], args))][:: -args.stride][: args.past][::-1]
+        past = to_model_range(last).to(args.device).expand(args.sample_videos, -1, -1, -1, -1)
     if isinstance(args.actions, str):
         actions = np.load(args.actions, allow_pickle=False)
         if np.ndim(actions) != 2 or actions.shape[1] != args.action_dim:
             raise ValueError(f"--actions {args.actions}: no .npy of shape (frames, {args.action_dim})")
         args.frames = len(actions)
-    stop, path = [], Path(args.out, "film.mp4")
-    path.parent.mkdir(parents=True)
-    print(f"writes {path}, and frames of it as .gif and .png")
-    on_signal(lambda *_: (stop.append(True), on_signal(signal.SIG_DFL)))
-    drawn = pieces(model, args, device, range(args.sample_videos), past, actions)
-    with film(path, args.fps) as append, tqdm(total=args.frames, unit=" frames") as bar:
+    print(f"writes {args.out}/film.mp4, and frames of it as .gif and .png")
+    drawn = pieces(model, args, range(args.sample_videos), past, actions)
+    bar = tqdm(total=args.frames, unit=" frames")
+    with film(Path(args.out, "film.mp4"), args.fps) as append, suppress(KeyboardInterrupt):
         for x in itertools.chain([] if past is None else [past], drawn):
             append(to_pixels(x).numpy())
             bar.update(x.shape[2])
-            if stop:
-                break
+    bar.close()
 
 
 def sample(args, checkpoint):
     """Draw videos from a checkpoint, without its data. --real writes videos of its data, too."""
-    rank, ranks, device = join(args.device)
     model, out = build(args)[2], Path(args.out)
     model.load_state_dict(checkpoint["ema"])
-    model.to(device).requires_grad_(False)
+    model.to(args.device).requires_grad_(False)
     if args.after or isinstance(args.actions, str) or args.frames > args.window and args.past:
-        if args.latents or args.real or ranks > 1:
-            raise ValueError("long films are drawn by one process, in pixels, without --real")
-        return sample_film(model, args, device)
-    if rank == 0 and args.real:
+        return sample_film(model, args)
+    if args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
             raise ValueError(f"--real {args.real} is more than there are: {data.about}")
         real = torch.stack([data[i][0] for i in range(args.real)])
         show(out / "real", to_pixels(real, args.latents).numpy(), args)
         print(f"real.npz: {data.about}\nscore: python fvd.py {out}/real.npz {out}/fake.npz --features random")
-    videos = sample_videos(model, args, device, partial(tqdm, disable=rank > 0))
-    if rank == 0:
-        show(out / "fake", videos, args)
-        print(f"wrote {out}/fake.npz, {videos.dtype} {videos.shape}")
-    if ranks > 1:
-        dist.destroy_process_group()
+    show(out / "fake", sample_videos(model, args, tqdm), args)
+    print(f"wrote {out}/fake.npz")
 
 
 # -----------------------------------------------------------------------------
@@ -791,24 +726,19 @@ def add_learned(parser):
     add("--floats", choices=RANGES, help="what float pixels mean: unit, 0 to 1; symmetric, -1 to 1")
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
-    add("--cond-drop", type=SHARE, default=0.1, help="share of videos whose class is hidden, for --guidance; "
-        "with --actions none, unless you give it")
-    add("--actions", nargs="?", const=True, metavar="FILE", help="causal: tell what led to each frame, turns "
-        "or actions.npz beside the videos; sample: follow an .npy of (frames, k) to its end")
+    add("--cond-drop", type=SHARE, default=0.1, help="share of hidden classes (for --guidance) or actions")
+    add("--actions", nargs="?", const=True, metavar="FILE", help="tell turns, or actions.npz; sample: .npy")
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
-    add("--frame-noise", action=SWITCH, default=True, help="a noise level for each frame: sharper walls, and "
-        "videos can go on. The papers have one for each video")
-    add("--causal", action=SWITCH, default=False, help="unet: no frame sees those after it, and samples are "
-        "streams. Implies --frame-noise, --temporal mamba and, on a CPU, long clips one by one")
+    add("--frame-noise", action=SWITCH, default=True, help="a noise level for each frame, not each video")
+    add("--causal", action=SWITCH, default=False, help="unet: no frame sees later ones, by --temporal mamba")
     add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
     add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
     add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: level widths / dim")
     add("--heads", type=COUNT, default=8 if GPU else 4, help="unet: attention heads")
     add("--depth", type=COUNT, default=12 if GPU else 6, help="dim: blocks")
     add("--width", type=COUNT, default=384 if GPU else 192, help="dim: numbers per token, 16, 24, ...")
-    add("--dim-size", choices=DIM_SIZES, help="dim: DiT's depth and width, instead of those above")
     add("--patch", type=COUNT, default=2 if GPU else 4, help="dim: side of a token in pixels")
     add("--lr", type=POSITIVE, default=3e-4 if GPU else 1e-3, help="learning rate of Adam")
     add("--warmup", type=NATURAL, default=50, help="steps in which it rises to --lr")
@@ -818,15 +748,14 @@ def add_learned(parser):
     add("--seed", type=within(int, 0, 2**31 - 1), default=0, help="of weights, data order and noise")
 
 
-def add_free(parser):
-    """Options that may change when a run goes on."""
+def add_free(parser, sampling):
+    """Options that may change when a run goes on, and those of one command."""
     add = parser.add_argument_group("length, speed, saving and drawing").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
     add("--steps", type=COUNT, default=20_000 if GPU else 600, help="optimiser steps in all")
     add("--batch", type=COUNT, default=16 if GPU else 2, help="videos per process and pass, or drawn at once")
     add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
-    bf16 = GPU and torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--amp", action=SWITCH, default=bf16, help="matrix products and convolutions in bfloat16")
+    add("--amp", action=SWITCH, default=GPU and torch.cuda.is_bf16_supported(False), help="use bfloat16")
     add("--compile", action=SWITCH, default=False, help="torch.compile: minutes at first, then faster steps")
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
     add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
@@ -839,11 +768,6 @@ def add_free(parser):
     add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
     add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
     add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
-
-
-def add_own(parser, sampling):
-    """Options of one command alone."""
-    add = parser.add_argument_group("this command").add_argument
     if sampling:
         add("run", metavar="RUN", help="folder of a run, or a checkpoint in it")
         add("--real", type=COUNT, help="write as many real videos, too: of the test part, if there is one")
@@ -864,19 +788,16 @@ def parse(argv):
     parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False, formatter_class=form)
     add_learned(parser)
     learned = vars(parser.parse_args([])).keys()
-    add_free(parser)
-    add_own(parser, sampling)
+    add_free(parser, sampling)
     if "--causal" in argv:
-        longer = {} if GPU else dict(batch=1, frames=32, steps=1000, sample_every=1000, sample_videos=1)
-        parser.set_defaults(temporal="mamba", sample_steps=5, **longer)
-    if "--actions" in argv:
-        parser.set_defaults(cond_drop=0.0, **{} if GPU else dict(steps=1500))
+        steps, drop = (1500, 0.0) if "--actions" in argv else (1000, 0.1)
+        longer = {} if GPU else dict(batch=1, frames=32, steps=steps, sample_every=1000, sample_videos=1)
+        parser.set_defaults(temporal="mamba", sample_steps=5, cond_drop=drop, **longer)
     args, checkpoint = parser.parse_args(argv[sampling:]), None
     args.window = args.frames
     if args.run:
         checkpoint = load_checkpoint(args.run)
-        own = "run", "out", "device", "workers"
-        saved = {name: value for name, value in checkpoint["args"].items() if name not in own}
+        saved = {k: v for k, v in checkpoint["args"].items() if k not in ("run", "out", "device", "workers")}
         args = parser.parse_args(argv[sampling:], argparse.Namespace(**saved))
         free = {"size", "frames", "seed", "floats", saved["actions"] and "actions"} if sampling else set()
         for name in (learned - free) & saved.keys():
@@ -894,12 +815,12 @@ def parse(argv):
         (args.run and args.out and not sampling, "--out is for new runs: --resume writes into its own"),
         (args.out and out.exists(), f"--out {out} exists: choose another, or go on with --resume {out}"),
         (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
-        ((after or args.past) and not args.frame_noise,
-         "--after and --past need a run with --frame-noise: this one knows no clean frames"),
+        ((after or args.past) and not args.frame_noise, "--after and --past need a run with --frame-noise"),
         (args.past >= args.window and not args.causal or after and not args.past,
          f"--past {args.past} is not from 1 to {args.window - 1}, less than a window as in training"),
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
+        (args.actions and args.stride > 1, "--actions lead from frame to frame: leave out --stride"),
         (isinstance(args.actions, str) and not sampling, "--actions takes a FILE where samples are drawn"),
         (args.sample_steps > args.diffusion_steps, "--sample-steps are at most --diffusion-steps"),
         (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
@@ -910,25 +831,20 @@ def parse(argv):
     return args, checkpoint
 
 
-def main(argv):
-    """The command: train, or sample with that word first."""
-    (sample if argv[:1] == ["sample"] else train)(*parse(argv))
-
-
 if __name__ == "__main__":
     gc.freeze()  # imageio collects garbage after every film: without what was imported it takes no time
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no half-written file stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half-written file stays
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not
     try:
-        main(sys.argv[1:])
+        (sample if sys.argv[1:2] == ["sample"] else train)(*parse(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell expects of Ctrl-C
     except Exception as error:
-        code, told = 2, str(error).strip().rpartition("\n")[2]  # after the traceback of a loader's process
+        told = str(error).strip().rpartition("\n")[2]  # after the traceback of a loader's process
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
             told = "not enough memory: give --recompute, or lower --batch, --frames, --size, --dim or --width"
         elif not isinstance(error, (ValueError, OSError)):
-            code, told = 1, traceback.format_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
         print(f"train.py: {told}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code)  # sys.exit would wait for ever for processes that load, which ignore its SIGTERM
+        os._exit(2)  # sys.exit would wait for ever for processes that load, which ignore its SIGTERM

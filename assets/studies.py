@@ -90,10 +90,10 @@ clips = lambda videos: torch.stack([*map(train.to_model_range, videos)])  # as a
 
 def drawn(run, count, frames, past=None, actions=None):
     """Videos as `train.py sample RUN` draws them, piece by piece.    -> yields uint8 (count, k, h, w, 3)"""
-    args, checkpoint = train.parse(f"sample {run} --frames {frames}".split())
+    args, checkpoint = train.parse(f"sample {run} --frames {frames} --device cpu".split())
     model = train.build(args)[2].requires_grad_(False).to(memory_format=torch.channels_last)
     model.load_state_dict(checkpoint["ema"])
-    for x in train.pieces(model, args, torch.device("cpu"), range(count), past, actions):
+    for x in train.pieces(model, args, range(count), past, actions):
         yield train.to_pixels(x).numpy()
 
 
@@ -108,7 +108,7 @@ BLOCKS = "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated", "bi-s4d-mamba", "bi-s6-glu"
 def network(layer, frames, dim, seed=0):
     """A run's arguments, and its network. A step of training sees 32 frames or one clip."""
     told = f"--temporal {layer} --frames {frames} --batch {max(1, 32 // frames)} --dim {dim} --seed {seed}"
-    args, _ = train.parse(told.split())
+    args, _ = train.parse([*told.split(), "--device", "cpu"])
     args.channels, args.classes, args.action_dim = 3, [], 0
     torch.manual_seed(seed)
     return args, train.build(args)[2]
@@ -139,7 +139,7 @@ def learn(layer, frames, dim, seed):
         began, step = time.process_time(), step + 1
         items = range((step - 1) * args.batch, step * args.batch)
         x0 = torch.stack([data[i][0] for i in items])
-        t, eps, _ = train.draw(items, x0.shape[1:], args, "cpu")
+        t, eps, _ = train.draw(items, x0.shape[1:], args)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup)
         diffusion.loss(x0, t, eps).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -44,7 +44,8 @@ def write_videos(folder, count=3, frames=6, size=(12, 10)):
 def run(*argv):
     """A command in this process, whose signals it leaves alone."""
     with unittest.mock.patch("signal.signal"):
-        train.main([str(arg) for arg in argv])
+        command = train.sample if argv[0] == "sample" else train.train
+        command(*train.parse([str(arg) for arg in argv]))
 
 
 def again(*argv):

@@ -124,7 +124,7 @@ def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter
         blocks = frame.reshape(16 // factor, factor, 16 // factor, factor, 3).astype(float)
         middle = slice(factor // 2 - 1, factor // 2 + 1)
         mean = blocks[:, middle, :, middle].mean((1, 3))
-        assert np.abs(train.resize(frame, 16 // factor, antialias=False) - mean).max() <= 0.5
+        assert np.abs(train.resize(frame, 16 // factor, antialias=False) - mean).max() <= 1
     assert np.abs(train.resize(frame, 4).astype(float) - mean).max() > 5
 
 
@@ -281,5 +281,5 @@ def test_arrays_that_are_no_latents_are_named_with_the_reason(tmp_path):
     (tmp_path / "z" / "text.npy").write_text("text")
     data = videos_of(tmp_path / "z", "--frames", 5, "--latents")
     reasons = {source.stem: str(why) for source, why in data.skipped.items()}
-    named = dict(nan="NaN", big="infinite", ints="int64", other="--size 8", text="text.npy")
+    named = dict(nan="not finite", big="not finite", ints="int64", other="--size 8", text="text.npy")
     assert len(data) == 1 and all(named[name] in why for name, why in reasons.items()) and len(reasons) == 5

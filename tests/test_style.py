@@ -56,7 +56,8 @@ def test_pasted_pieces_run():
 def test_source_is_ascii_in_short_lines_and_short_functions(file):
     lines = TEXT[file].splitlines()
     assert TEXT[file].isascii() and not re.search(r"TODO|FIXME|except:", TEXT[file])
-    assert [line for line in lines if len(line) > 110] == [] and len(lines) <= 1150
+    budget = {"vdm_ssm.py": 1150, "fvd.py": 650, "train.py": 850}[file]
+    assert [line for line in lines if len(line) > 110] == [] and len(lines) <= budget
     functions = [node for node in ast.walk(ast.parse(TEXT[file])) if isinstance(node, ast.FunctionDef)]
     longest = lambda f: 120 if (file, f.name) == ("train.py", "train") else 60
     assert [f.name for f in functions if f.end_lineno - f.lineno >= longest(f)] == []
