@@ -57,7 +57,7 @@ SPEED = 0.2  # cells a frame, 10 frames from room to room: 7 of 10 clips of 16 f
 LOOK = 0.8  # cells ahead on the path where the agent looks: it turns its head before a bend
 VIEW = 0.75  # tangent of half the field of view, 74 degrees: both walls of a corridor are in sight
 SAMPLES = 8  # rays a pixel: smooth edges, no flicker in walls far away
-FOG = 0.08  # share of a wall's light that haze replaces, per cell of distance
+FOG = 0.08  # haze replaces the share FOG z / (1 + FOG z) of the light from z cells away
 WALL = 0.75  # height in cells, the eye at its middle: it fills at most 0.77 of the picture, as z > 0.65
 ROWS, TEXELS = 8, 12  # of the pattern on a cell of wall
 SKY, HAZE, FLOOR = (100, 160, 245), (190, 205, 225), ((102, 93, 98), (72, 65, 69))  # RGB
@@ -84,9 +84,9 @@ def maze_walk(seed, frames):
     B-spline of the visited cells' centres: smooth in turns, always half a cell or more from any wall."""
     rng = np.random.default_rng(seed)
     wall = np.pad(np.zeros((2 * ROOMS - 1, 2 * ROOMS - 1), bool), 1, constant_values=True)
-    joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for pillars that walls join
+    joined = np.arange(wall.size).reshape(wall.shape) * ~wall  # equal for joined pillars; 0: border
     wall[2:-2:2, 2:-2:2] = True
-    walls = lambda i, j: wall[i - 1 : i + 2, j - 1 : j + 2].sum() - 4  # of a room between four pillars
+    walls = lambda i, j: wall[i - 1 : i + 2, j - 1 : j + 2].sum() - 4  # around a room, but its 4 pillars
     gaps = np.argwhere(~wall)
     for i, j in rng.permutation(gaps[gaps.sum(1) % 2 == 1]):  # between two pillars, and between two rooms
         a, b = i % 2, j % 2  # direction from pillar to pillar
@@ -95,9 +95,8 @@ def maze_walk(seed, frames):
             wall[i, j] = True
             joined[joined == other] = one
 
-    s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) places on it
-    i, j = 1 + 2 * rng.integers(ROOMS, size=2)
-    a, b, cells = 0, 0, []
+    s = 1 + 2 * rng.random() + SPEED * np.arange(frames) + np.array([[0], [LOOK]])  # (2, f) of agent and aim
+    (i, j), a, b, cells = 1 + 2 * rng.integers(ROOMS, size=2), 0, 0, []
     while len(cells) < s.max() + 2:
         steps = [(0, 1), (1, 0), (0, -1), (-1, 0)]
         ways = [(x, y) for x, y in steps if not wall[i + x, j + y] and (x, y) != (-a, -b)]  # not back
@@ -142,7 +141,7 @@ def maze_render(wall, position, gaze, style, size):
         along = np.clip(position[1 - axis] + z * ray[1 - axis], 0, len(wall) - 1).astype(np.int32)
         first.append(np.where(cells[line - (ray[axis] < 0), along] & (z > 0), z, np.inf).min(0))
     z = np.minimum(*first)  # (n, f, 1, w)
-    # Walls lie on grid lines: x + y counts along them. Those across axis 1 are in shade: corners show.
+    # On a grid line one coordinate is whole: x + y counts along the wall. Walls across axis 1 are in shade.
     column = (TEXELS * (position + z * ray).sum(0)).astype(np.int32) % TEXELS + TEXELS * (first[1] < first[0])
     row = np.clip(1 + ROWS * (0.5 + z * eta / WALL), 0, ROWS + 1).astype(np.int32)  # (n, f, h, w)
     depth = np.minimum(z, WALL / 2 / np.abs(eta))
@@ -155,7 +154,7 @@ def maze_render(wall, position, gaze, style, size):
 
 def maze_video(seed, frames, size):
     """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
-    (wall, *walk), chunk = maze_walk(seed, frames), max(1, 2**12 // size**2)  # frames whose rays fit a cache
+    (wall, *walk), chunk = maze_walk(seed, frames), max(1, 2**12 // size**2)  # frames at once: 16 of 16 x 16
     parts = (slice(k, k + chunk) for k in range(0, frames, chunk))
     return np.concatenate([maze_render(wall, *(x[p] for x in walk), maze_style(seed), size) for p in parts])
 
@@ -163,8 +162,8 @@ def maze_video(seed, frames, size):
 # -----------------------------------------------------------------------------
 # 2. Videos
 #
-# Decoding takes longer than training. So every source, a file or a folder of images, is decoded once, brought
-# to size and kept as a memory-mapped file, under a KEY made of all that its frames depend on:
+# Decoding anew in each epoch takes too long. So every source, a file or a folder of images, is decoded once,
+# brought to size and kept as a memory-mapped file, under a KEY made of all that its frames depend on:
 #
 #     source --read_source--> frames --decode--> cache/KEY.npy, (videos, frames, size, size, channels)
 
@@ -196,7 +195,7 @@ def find_splits(path):
 def resize(frame, size, antialias=True):
     """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
     shape = [size * side // min(frame.shape[:2]) for side in frame.shape[:2]]
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None]  # bytes: floats of a large film would fill the memory
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None]  # bytes, a quarter of the memory of floats
     x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=antialias)[0].permute(1, 2, 0)
     top, left = (round((side - size) / 2) for side in shape)  # torchvision's rounding: 2.5 to 2, 5.5 to 6
     return x[top : top + size, left : left + size].numpy()
@@ -236,8 +235,7 @@ def cached(sources, args):
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
                  for file in sorted(source.glob("*")) or [source] if file.is_file()]
         key = repr((str(source.resolve()), stats, args.size, args.antialias, args.latents, args.floats))
-        key = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
-        paths[source] = Path(args.cache, f"{key}.npy")
+        paths[source] = Path(args.cache, hashlib.sha256(os.fsencode(key)).hexdigest()[:16] + ".npy")
     missing = [(source, path) for source, path in paths.items() if not path.exists()]
     workers = (args.workers or CORES) if len(missing) > 1 else 0
     loader = DataLoader(missing, None, num_workers=workers, collate_fn=partial(decode, args=args))
@@ -249,7 +247,7 @@ def cached(sources, args):
 class MazeVideos(Dataset):
     """Walk `i` of the endless maze.    [i] -> (3, frames, size, size) in [-1, 1], index of its style, actions
 
-    An action (frames, 1) is the turn to the left that leads to a frame, in tenths of a radian."""
+    Actions (frames, 1) are the turns to the left that lead to the frames, in tenths of a radian."""
 
     channels, action_dim, classes, skipped, identity = 3, 1, ["bricks", "boards", "checks"], {}, []
 
@@ -271,7 +269,7 @@ class FolderVideos(Dataset):
     """Random windows of videos.    [i] -> (c, frames, size, size), index of its class, actions (frames, k)
 
     An epoch shows a window of every video, in [-1, 1]; its class is the name of its folder. held_out: of the
-    test split, if there is one. Actions are an array (files, frames, n) in actions.npz beside the files."""
+    test split instead of train. Actions are an array (files, frames, n) in actions.npz beside the files."""
 
     def __init__(self, args, held_out=False):
         splits, self.args, self.span = find_splits(args.data), args, args.stride * (args.frames - 1) + 1
@@ -295,8 +293,8 @@ class FolderVideos(Dataset):
             if len(led) >= frames >= self.span:
                 label = self.classes.index(source.parent.name)
                 self.videos += [(path, k, label, led) for k in range(videos)]
-        total = sum(row[1] for row in self.identity)
-        self.about = f"{len(self)} of {total} videos in {args.data}, split {split}, have {self.span} frames"
+        count = sum(row[1] for row in self.identity)
+        self.about = f"{len(self)} of {count} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
             raise ValueError(f"{self.about}: {next(iter(self.skipped.values()), 'see --frames, --stride')}")
         self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
@@ -308,14 +306,14 @@ class FolderVideos(Dataset):
         epoch, k = divmod(i, len(self))
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self))
         path, video, label, actions = self.videos[order[k]]
-        frames, stride = np.load(path, mmap_mode="r")[video], self.args.stride
+        frames = np.load(path, mmap_mode="r")[video]
         start = np.random.default_rng([self.args.seed, epoch, k]).integers(len(frames) - self.span + 1)
-        part = slice(start, start + self.span)
-        return to_model_range(frames[part][::stride]), label, np.float32(actions[part])
+        part = slice(start, start + self.span, self.args.stride)
+        return to_model_range(frames[part]), label, np.float32(actions[part])
 
 
 def videos_of(args, held_out=False):
-    """The data set of a run; held_out: videos that it is not trained on, if there are such."""
+    """The data set of a run; held_out: the test part instead of the train part, if it is divided."""
     return (MazeVideos if args.data == "maze" else FolderVideos)(args, held_out)
 
 
@@ -365,12 +363,12 @@ def film(path, fps):
     """An MP4 that grows, a GIF and a sheet, .png.    -> function that appends uint8 videos (b, f, h, w, 3)
 
     MP4 and GIF show the videos side by side; the sheet has a row for each, time from left to right. Of more
-    than 32 frames, GIF and sheet show every second, every fourth, ... one."""
+    than 32 frames, GIF and sheet show every second, every fourth, ... one: the GIF runs faster."""
     shown, count = {}, itertools.count()
 
     def append(videos):
         for pictures, k in zip(videos.swapaxes(0, 1), count):
-            mp4.write_frame(page(pictures[None]))
+            mp4.write_frame(page(pictures[None]))  # side by side, where a sheet has time
             shown[k], step = pictures, 2 ** (k // 32).bit_length()  # 1 before frame 32, 2 before 64, ...
             for i in [i for i in shown if i % step]:
                 del shown[i]
@@ -380,7 +378,7 @@ def film(path, fps):
         yield append
     if shown:
         pages, sheet = [page(x[None]) for x in shown.values()], page(np.stack([*shown.values()], axis=1))
-        iio.imwrite(path.with_suffix(".gif"), pages, duration=1000 / fps, loop=0)  # it merges equal frames
+        iio.imwrite(path.with_suffix(".gif"), pages, duration=1000 / fps, loop=0)  # equal frames merge
         iio.imwrite(path.with_suffix(".png"), sheet)
 
 
@@ -403,7 +401,7 @@ def load_checkpoint(run):
     path = (checkpoints(run) or [Path(run)])[-1]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in CHECKPOINT} | {"folder": path.parent}
+        return dict(checkpoint, args=dict(checkpoint["args"]), folder=path.parent)
     except Exception as error:  # zip, pickle and torch share no narrower class
         raise ValueError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
@@ -448,7 +446,7 @@ def total(number):
 
 
 def on_signal(action, *_):
-    """Set what Ctrl-C and SIGTERM do to this process."""
+    """Set what Ctrl-C and SIGTERM do to this process. (A loader adds its number.)"""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, action)
 
@@ -460,8 +458,6 @@ def on_signal(action, *_):
 # hidden class of every item, whichever process draws them. So N ranks train as one does with N times the
 # batch, and weights, their average, the optimiser and the step are all that a run needs to go on exactly.
 
-CHECKPOINT = "args step per_step data network network_args diffusion_args model ema optimizer".split()
-
 
 def generators(seed, items, device="cpu"):
     """A random generator for each item: its numbers do not depend on what is drawn together with it."""
@@ -470,7 +466,7 @@ def generators(seed, items, device="cpu"):
 
 
 def draw(items, shape, args):
-    """What an item draws besides its video.    -> t (b, f) or (b), noise (b, *shape), keep (b): told?"""
+    """What an item draws besides its video.    -> t (b, f) or (b), noise (b, *shape), keep (b)."""
     device, rngs = args.device, generators(args.seed, items, args.device)
     levels = shape[1:2] if args.frame_noise else ()  # one for each frame: Diffusion Forcing, 2407.01392
     t = [torch.randint(args.diffusion_steps, levels, generator=rng, device=device) for rng in rngs]
@@ -537,8 +533,8 @@ def train(args, checkpoint=None):
     diffusion_args = dict(steps=args.diffusion_steps, target=args.target, clip=not args.latents)
     diffusion = GaussianDiffusion(net, **diffusion_args).to(args.device)
     # This rank's share of all batches. Loaders ignore a signal to the whole group: the run will end them.
-    firsts = range(begin * per_step + rank * args.batch, 10**15, ranks * args.batch)
-    shares = lambda: (range(first, first + args.batch) for first in firsts)
+    first = begin * per_step + rank * args.batch
+    shares = lambda: (range(i, i + args.batch) for i in itertools.count(first, ranks * args.batch))
     loader = DataLoader(data, batch_sampler=shares(), num_workers=args.workers,
                         worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=args.device == "cuda")
     batches, out, stop, step = zip(shares(), loader), Path(args.out), [], begin
@@ -557,10 +553,11 @@ def train(args, checkpoint=None):
         due = lambda interval: step > 0 and (step >= args.steps or step % interval == 0)
         stopped = total(len(stop)) > 0
         if rank == 0 and step > begin and (due(args.save_every) or stopped):
-            made = vars(args), step, per_step, data.identity, network, network_args, diffusion_args
-            states = model.state_dict(), ema.module.state_dict(), optimizer.state_dict()
+            now = dict(args=vars(args), step=step, per_step=per_step, data=data.identity, network=network,
+                       network_args=network_args, diffusion_args=diffusion_args, model=model.state_dict(),
+                       ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
             with whole(out / f"checkpoint-{step:06d}.pt") as file:
-                torch.save(dict(zip(CHECKPOINT, made + states)), file)
+                torch.save(now, file)
             for old in checkpoints(out)[: -args.keep]:
                 old.unlink()
         if rank == 0 and due(args.sample_every):
@@ -608,22 +605,25 @@ def train(args, checkpoint=None):
 
 # -----------------------------------------------------------------------------
 # 6. Sampling
+#
+# A clip is drawn at once. A longer video comes window by window, each beside the end of the one before, or,
+# from a causal network, frame by frame.
 
-def pieces(model, args, numbers, past=None, actions=None, progress=iter):
+@torch.inference_mode()  # a tenth faster than no_grad
+def pieces(model, args, numbers, past=None, actions=None):
     """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
 
-    A causal network draws frame by frame. Another draws windows as long as in training, each after the last
-    --past frames of the one before. past: frames (b, c, k, size, size) to go on from. actions: of all frames,
-    (frames, k) or (b, frames, k). A seed and a number make the same video, whatever is drawn beside it."""
+    past: frames (b, c, k, size, size) to go on from. actions: of all frames, (frames, k) or (b, frames, k).
+    A seed and a number make the same video, whatever is drawn beside it."""
     rngs, shape = generators(args.seed, numbers), lambda f: (args.channels, f, args.size, args.size)
     noise = lambda f: torch.stack([torch.randn(shape(f), generator=rng) for rng in rngs]).to(args.device)
     ddpm = partial(ddim, eta=1, randn_like=lambda x: noise(x.shape[2]))
     sampler = dict(ddim=ddim, ddpm=ddpm, dpm=dpm_solver)[args.sampler]
     how = dict(sampler=sampler, guidance=args.guidance, steps=args.sample_steps)
-    turn, told = range(max(1, len(args.classes))), None
-    labels = [args.classes.index(args.label) if args.label else turn[i % len(turn)] for i in numbers]
-    if actions is not None or not (args.action_dim and args.cond_drop):  # else it knows what it is not told
-        led = torch.zeros(1, args.action_dim) if actions is None else torch.as_tensor(actions)
+    labels = [args.classes.index(args.label) if args.label else i % (len(args.classes) or 1) for i in numbers]
+    led, told = torch.zeros(1, args.action_dim) if actions is None else torch.as_tensor(actions), None
+    # Without actions a network that learned to do without is told nothing, unless it needs a class: then 0.
+    if actions is not None or args.classes or not (args.action_dim and args.cond_drop):
         told = conditions(labels, led.expand(len(rngs), -1, -1), args)
     net = torch.autocast(args.device, torch.bfloat16, enabled=args.amp)(model.forward)
     diffusion = GaussianDiffusion(net, args.diffusion_steps, args.target, not args.latents).to(args.device)
@@ -631,14 +631,13 @@ def pieces(model, args, numbers, past=None, actions=None, progress=iter):
         each = told if actions is None else told.split(1, dim=1)
         yield from itertools.islice(stream(diffusion, partial(noise, 1), past, each, **how), args.frames)
         return
-    window, left = args.window if args.past else args.frames, args.frames
+    window, left, level = args.window if args.past else args.frames, args.frames, diffusion.steps // 8
+    t = torch.full((len(rngs),), level, device=args.device)
     while left > 0:
         f = min(left, window - (0 if past is None else past.shape[2]))
         # The past gets a little noise, as in `stream`: shown as clean, it hands on errors, and colours drift.
-        level = args.diffusion_steps // 8
-        t = torch.full((len(rngs),), level, device=args.device)
         seen = None if past is None else diffusion.add_noise(past, t, noise(past.shape[2]))
-        x = diffusion.sample(noise(f), cond=told, past=seen, level=level, progress=progress, **how)
+        x = diffusion.sample(noise(f), cond=told, past=seen, level=level, **how)
         yield x
         left, past = left - f, torch.cat([x] if past is None else [past, x], dim=2)[:, :, -args.past :]
 
@@ -646,9 +645,9 @@ def pieces(model, args, numbers, past=None, actions=None, progress=iter):
 def sample_videos(model, args, progress=iter):
     """--videos videos, --batch at once.    -> (n, frames, size, size, c) uint8, of latents float32"""
     numbers, parts = range(args.sample_videos), []
-    for i in numbers[:: args.batch]:
-        drawn = pieces(model, args, numbers[i : i + args.batch], progress=progress)
-        parts.append(to_pixels(torch.cat([*drawn], dim=2), args.latents))
+    for i in progress(numbers[:: args.batch]):
+        drawn = torch.cat([*pieces(model, args, numbers[i : i + args.batch])], dim=2)
+        parts.append(to_pixels(drawn, args.latents))
     return torch.cat(parts).numpy()
 
 
@@ -667,12 +666,11 @@ def sample_film(model, args):
         args.frames = len(actions)
     print(f"writes {args.out}/film.mp4, and frames of it as .gif and .png")
     drawn = pieces(model, args, range(args.sample_videos), past, actions)
-    bar = tqdm(total=args.frames, unit=" frames")
+    bar = tqdm(total=args.frames + (0 if past is None else past.shape[2]), unit=" frames")
     with film(Path(args.out, "film.mp4"), args.fps) as append, suppress(KeyboardInterrupt):
         for x in itertools.chain([] if past is None else [past], drawn):
             append(to_pixels(x).numpy())
             bar.update(x.shape[2])
-    bar.close()
 
 
 def sample(args, checkpoint):
@@ -689,6 +687,7 @@ def sample(args, checkpoint):
         real = torch.stack([data[i][0] for i in range(args.real)])
         show(out / "real", to_pixels(real, args.latents).numpy(), args)
         print(f"real.npz: {data.about}\nscore: python fvd.py {out}/real.npz {out}/fake.npz --features random")
+        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     show(out / "fake", sample_videos(model, args, tqdm), args)
     print(f"wrote {out}/fake.npz")
 
@@ -696,8 +695,8 @@ def sample(args, checkpoint):
 # -----------------------------------------------------------------------------
 # 7. The command line
 #
-# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults, but for those of
-# one command alone. What is learned must stay; samples may have a size, length and seed of their own.
+# A run that goes on, and samples of a run, take the arguments of its checkpoint as defaults, except --out,
+# --device, --workers. What is learned stays; samples may have a size, length, seed and actions of their own.
 
 GPU = torch.cuda.is_available()
 
@@ -717,8 +716,8 @@ COUNTS, SWITCH = lambda text: [COUNT(part) for part in text.split(",")], argpars
 
 def add_learned(parser):
     """Options of what is learned, by which network and how: they stay."""
-    add = parser.add_argument_group("what is learned, and how").add_argument
-    add("--split", choices=("train", "test", "all"), help="part of a divided data set, train if not given")
+    add = parser.add_argument_group("learned: stays, but --size, --frames, --seed in samples").add_argument
+    add("--split", choices=("train", "test", "all"), help="of a divided data set, train if not given")
     add("--size", type=COUNT, default=32 if GPU else 16, help="height and width in pixels")
     add("--antialias", action=SWITCH, default=True, help="in scaling down; the papers do without")
     add("--frames", type=COUNT, default=16, help="frames per video")
@@ -727,12 +726,12 @@ def add_learned(parser):
     add("--latents", action=SWITCH, default=False, help="train on float arrays (f, h, w, c) as they are")
     add("--class-cond", action=SWITCH, default=False, help="tell classes: a video's folder, the maze's style")
     add("--cond-drop", type=SHARE, default=0.1, help="share of hidden classes (for --guidance) or actions")
-    add("--actions", nargs="?", const=True, metavar="FILE", help="tell turns, or actions.npz; sample: .npy")
+    add("--actions", nargs="?", const=True, metavar="FILE", help="tell turns or actions.npz; sample: an .npy")
     add("--backbone", choices=("unet", "dim"), default="unet", help="network")
     add("--target", choices=("eps", "v", "x0"), default="v", help="what it predicts")
     add("--diffusion-steps", type=COUNT, default=256, help="steps of the schedule")
-    add("--frame-noise", action=SWITCH, default=True, help="a noise level for each frame, not each video")
-    add("--causal", action=SWITCH, default=False, help="unet: no frame sees later ones, by --temporal mamba")
+    add("--frame-noise", action=SWITCH, default=True, help="a level for each frame; --causal implies it")
+    add("--causal", action=SWITCH, default=False, help="unet: no frame sees later ones; see --causal --help")
     add("--temporal", choices=TEMPORAL_LAYERS, default="bi-mamba", help="unet: temporal layer")
     add("--dim", type=COUNT, default=64 if GPU else 32, help="unet: width of level 1, a multiple of 8")
     add("--dim-mults", type=COUNTS, default="1,2,4,8" if GPU else "1,2,4", help="unet: level widths / dim")
@@ -750,29 +749,29 @@ def add_learned(parser):
 
 def add_free(parser, sampling):
     """Options that may change when a run goes on, and those of one command."""
-    add = parser.add_argument_group("length, speed, saving and drawing").add_argument
+    add = parser.add_argument_group("the rest; an existing run has its own defaults").add_argument
     add("--data", default="maze", help="'maze', or a file or folder of videos, arrays and image sequences")
-    add("--steps", type=COUNT, default=20_000 if GPU else 600, help="optimiser steps in all")
     add("--batch", type=COUNT, default=16 if GPU else 2, help="videos per process and pass, or drawn at once")
-    add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
     add("--amp", action=SWITCH, default=GPU and torch.cuda.is_bf16_supported(False), help="use bfloat16")
-    add("--compile", action=SWITCH, default=False, help="torch.compile: minutes at first, then faster steps")
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
-    add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps from checkpoint to checkpoint")
-    add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
-    add("--sample-every", type=COUNT, default=2000 if GPU else 600, help="steps from sample to sample")
-    add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, help="videos drawn")
+    add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, metavar="N", help="drawn")
     add("--sampler", choices=("ddim", "ddpm", "dpm"), default="ddim", help="dpm: DPM-Solver++, second order")
     add("--sample-steps", type=COUNT, default=50, help="denoising steps, at most --diffusion-steps")
-    add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of the class, 0 ignores it")
+    add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of class or actions, 0: none")
     add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
     add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
     add("--fps", type=within(float, 0.1, 1000), default=8.0, help="frames per second of GIFs and MP4s")
     if sampling:
         add("run", metavar="RUN", help="folder of a run, or a checkpoint in it")
-        add("--real", type=COUNT, help="write as many real videos, too: of the test part, if there is one")
+        add("--real", type=COUNT, help="write real videos, too: of the test part, unless it was trained on")
         add("--after", metavar="FILE", help="go on from the end of this video")
     else:
+        add("--steps", type=COUNT, default=20_000 if GPU else 600, help="optimiser steps in all")
+        add("--grad-accum", type=COUNT, default=1, help="backward passes per step")
+        add("--compile", action=SWITCH, default=False, help="minutes at first, then faster steps")
+        add("--save-every", type=COUNT, default=1000 if GPU else 100, help="steps between checkpoints")
+        add("--keep", type=COUNT, default=2, help="checkpoints kept, the newest ones")
+        add("--sample-every", type=COUNT, default=2000 if GPU else 600, help="steps from sample to sample")
         add("--resume", dest="run", metavar="RUN", help="go on with this run, or from a checkpoint in it")
     add("--out", help="folder to write to, by default runs/DATA or RUN/sampled, numbered if taken")
     here = ["cuda"] * GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -783,7 +782,7 @@ def add_free(parser, sampling):
 def parse(argv):
     """Arguments and, if a run is named, its checkpoint. Raises ValueError."""
     sampling = argv[:1] == ["sample"]
-    usage = f"python train.py {'sample RUN ' * sampling}[options], see --help"
+    usage = "python train.py [options], or python train.py sample RUN [options]; --help tells which"
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False, formatter_class=form)
     add_learned(parser)
@@ -791,10 +790,11 @@ def parse(argv):
     add_free(parser, sampling)
     if "--causal" in argv:
         steps, drop = (1500, 0.0) if "--actions" in argv else (1000, 0.1)
+        # Few steps a frame, for streams, and longer clips one at a time: a network learns to remember.
         longer = {} if GPU else dict(batch=1, frames=32, steps=steps, sample_every=1000, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, cond_drop=drop, **longer)
     args, checkpoint = parser.parse_args(argv[sampling:]), None
-    args.window = args.frames
+    args.window = args.frames  # of training; samples may have more
     if args.run:
         checkpoint = load_checkpoint(args.run)
         saved = {k: v for k, v in checkpoint["args"].items() if k not in ("run", "out", "device", "workers")}
@@ -813,7 +813,7 @@ def parse(argv):
     after = sampling and args.after
     for wrong, told in [
         (args.run and args.out and not sampling, "--out is for new runs: --resume writes into its own"),
-        (args.out and out.exists(), f"--out {out} exists: choose another, or go on with --resume {out}"),
+        (args.out and out.exists(), f"--out {out} exists: choose another; a run goes on by --resume {out}"),
         (Path(args.data) in (out / "samples").resolve().parents, f"--out {out} lies in --data"),
         ((after or args.past) and not args.frame_noise, "--after and --past need a run with --frame-noise"),
         (args.past >= args.window and not args.causal or after and not args.past,
@@ -821,7 +821,7 @@ def parse(argv):
         (args.actions and not args.causal or args.causal and args.backbone == "dim",
          "--actions need --causal, and that needs --backbone unet"),
         (args.actions and args.stride > 1, "--actions lead from frame to frame: leave out --stride"),
-        (isinstance(args.actions, str) and not sampling, "--actions takes a FILE where samples are drawn"),
+        (isinstance(args.actions, str) and not sampling, "--actions takes a FILE only for sample: drop it"),
         (args.sample_steps > args.diffusion_steps, "--sample-steps are at most --diffusion-steps"),
         (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
          f"--guidance {args.guidance} needs a run with --class-cond or --actions, and --cond-drop above 0")]:

@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 import tty
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def half_blocks(picture):
     return "\x1b[H" + "".join("".join(map(cell, *pair)) + "\x1b[0m\n" for pair in pairs)
 
 
+@torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run of train.py --causal --actions, or a checkpoint in it")
@@ -60,7 +62,7 @@ def main():
     size, path, keys = checkpoint["args"]["size"], checkpoint["folder"] / "walk.mp4", sys.stdin.fileno()
     walk = vdm_ssm.stream(diffusion, partial(torch.randn, 1, 3, 1, size, size), None, turns(keys))
     before, began, frames = termios.tcgetattr(keys), time.time(), 0
-    with train.film(path, fps=8) as append:
+    with train.film(path, fps=8) as append, suppress(KeyboardInterrupt):
         try:
             tty.setcbreak(keys)
             print("\x1b[2J\x1b[?25l", end="")
@@ -68,8 +70,6 @@ def main():
                 picture = train.to_pixels(x).numpy()
                 append(picture)
                 print(f"{half_blocks(picture[0, 0])}{frames / (time.time() - began):.1f} frames/s, q leaves")
-        except KeyboardInterrupt:
-            pass
         finally:
             termios.tcsetattr(keys, termios.TCSADRAIN, before)
             print("\x1b[?25h\x1b[2J\x1b[H", end="")

@@ -52,6 +52,7 @@ def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(
     for i in range(4):
         np.save(tmp_path / "v" / f"{i}.npy", grey(*(50 * i + np.arange(4 * stride + 5))))
     data = videos_of(tmp_path / "v", "--frames", 5, "--stride", stride)
+    assert data[0][2].shape == (5, 0)  # no actions, for as many frames
     seen = [window(data, i) for i in range(100)]
     assert all((w.diff() == stride).all() and w[0] // 50 == w[-1] // 50 for w in seen)
     assert sorted(w[0].item() // 50 for w in seen[:4]) == [0, 1, 2, 3]

@@ -12,7 +12,8 @@ import train
 
 CAUSAL = [*UNET, "--causal"]
 KINDS = {"whole": ["--no-frame-noise"], "levels": ["--frame-noise"], "causal": ["--causal"],
-         "acting": ["--causal", "--actions", "--class-cond"]}  # fmt: skip
+         "acting": ["--causal", "--actions", "--class-cond"],
+         "hiding": ["--causal", "--actions", "--class-cond", "--cond-drop", 0.1]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,10 @@ def test_a_stream_follows_a_file_of_actions_and_goes_straight_on_without_one(run
     assert len(left) == len(right) == 7 and abs(left.astype(int) - right).mean() > 0
     assert np.array_equal(straight, free)
     assert "FILE" in refuses(*CAUSAL, "--actions", "left.npy")
+    for name in ("bricks", "boards"):
+        again("sample", runs / "hiding", "--class", name, "--out", name)
+    bricks, boards = (np.load(f"{name}/fake.npz")["videos"] for name in ("bricks", "boards"))
+    assert (bricks != boards).any()  # a class is told also where actions are not
 
 
 @pytest.mark.parametrize("name, flags, mend", [
