@@ -112,8 +112,7 @@ def maze_walk(seed, frames):
 
 def maze_turns(seed, frames):
     """Radians turned to the left to reach each frame, 0 for the first.    -> (frames,) float32"""
-    x, y = maze_walk(seed, frames)[2].T
-    angle = np.unwrap(np.arctan2(y, x))
+    angle = np.unwrap(np.angle(maze_walk(seed, frames)[2] @ [1, 1j]))  # of the gaze
     return np.diff(angle, prepend=angle[:1]).astype(np.float32)
 
 
@@ -195,7 +194,7 @@ def find_splits(path):
 def resize(frame, size, antialias=True):
     """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
     shape = [size * side // min(frame.shape[:2]) for side in frame.shape[:2]]
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None]  # bytes, a quarter of the memory of floats
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]  # bytes: floats take 4
     x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=antialias)[0].permute(1, 2, 0)
     top, left = (round((side - size) / 2) for side in shape)  # torchvision's rounding: 2.5 to 2, 5.5 to 6
     return x[top : top + size, left : left + size].numpy()
@@ -249,7 +248,7 @@ class MazeVideos(Dataset):
 
     Actions (frames, 1) are the turns to the left that lead to the frames, in tenths of a radian."""
 
-    channels, action_dim, classes, skipped, identity = 3, 1, ["bricks", "boards", "checks"], {}, []
+    channels, action_dim, classes, identity = 3, 1, ["bricks", "boards", "checks"], []
 
     def __init__(self, args, held_out=False):
         self.args, self.split = args, "test" if held_out else "train"
@@ -297,6 +296,7 @@ class FolderVideos(Dataset):
         self.about = f"{len(self)} of {count} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
             raise ValueError(f"{self.about}: {next(iter(self.skipped.values()), 'see --frames, --stride')}")
+        self.about += "".join(f"\nskipped {why}" for why in self.skipped.values())
         self.channels, self.action_dim = self.identity[0][-1], self.videos[0][-1].shape[-1]
 
     def __len__(self):
@@ -376,10 +376,12 @@ def film(path, fps):
     with whole(path) as file, iio.imopen(file, "w", extension=".mp4", plugin="pyav", container="mp4") as mp4:
         mp4.init_video_stream("libx264", fps=fps)
         yield append
-    if shown:
-        pages, sheet = [page(x[None]) for x in shown.values()], page(np.stack([*shown.values()], axis=1))
-        iio.imwrite(path.with_suffix(".gif"), pages, duration=1000 / fps, loop=0)  # equal frames merge
-        iio.imwrite(path.with_suffix(".png"), sheet)
+        if not shown:
+            raise ValueError(f"{path}: no frame has been drawn")
+    pages, sheet = [page(x[None]) for x in shown.values()], page(np.stack([*shown.values()], axis=1))
+    with whole(path.with_suffix(".gif")) as gif, whole(path.with_suffix(".png")) as png:
+        iio.imwrite(gif, pages, extension=".gif", duration=1000 / fps, loop=0)  # equal frames merge
+        iio.imwrite(png, sheet, extension=".png")
 
 
 def show(path, videos, args):
@@ -393,7 +395,8 @@ def show(path, videos, args):
 
 def checkpoints(folder):
     """The checkpoints in a folder, by their steps.    -> list of Path, the newest last"""
-    return sorted(Path(folder).glob("checkpoint-*[0-9].pt"), key=lambda path: (len(path.name), path.name))
+    paths = (path for path in Path(folder).glob("checkpoint-*.pt") if path.stem[11:].isdecimal())
+    return sorted(paths, key=lambda path: int(path.stem[11:]))
 
 
 def load_checkpoint(run):
@@ -408,9 +411,8 @@ def load_checkpoint(run):
 
 def rewind(out, step):
     """Undo what a run did after a step: later checkpoints become .old, the log is shortened."""
-    for path in checkpoints(out):
-        if int(path.stem[11:]) > step:
-            os.replace(path, f"{path}.old")
+    for path in (path for path in checkpoints(out) if int(path.stem[11:]) > step):
+        os.replace(path, f"{path}.old")
     for path in out.rglob("*.part"):  # of a killed run
         path.unlink()
     log = out / "log.jsonl"
@@ -457,7 +459,6 @@ def on_signal(action, *_):
 # No random generator outlives an item: (seed, item) determines video, window, diffusion step, noise and
 # hidden class of every item, whichever process draws them. So N ranks train as one does with N times the
 # batch, and weights, their average, the optimiser and the step are all that a run needs to go on exactly.
-
 
 def generators(seed, items, device="cpu"):
     """A random generator for each item: its numbers do not depend on what is drawn together with it."""
@@ -539,6 +540,7 @@ def train(args, checkpoint=None):
                         worker_init_fn=partial(on_signal, signal.SIG_IGN), pin_memory=args.device == "cuda")
     batches, out, stop, step = zip(shares(), loader), Path(args.out), [], begin
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=begin > 0)  # of two runs begun together one is refused
         rewind(out, begin)
         if not begin:
             some = torch.stack([data[i][0] for i in range(args.sample_videos)])
@@ -596,7 +598,6 @@ def train(args, checkpoint=None):
 
     bar.close()
     if rank == 0:
-        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
         print(f"stopped after step {step}, --resume {out}" if step < args.steps else f"see {out}/samples")
     del net, diffusion  # DistributedDataParallel, freed after its processes have parted, may wait for ever
     if ranks > 1:
@@ -683,11 +684,10 @@ def sample(args, checkpoint):
     if args.real:
         data = videos_of(args, held_out=True)
         if args.real > len(data):
-            raise ValueError(f"--real {args.real} is more than there are: {data.about}")
+            raise ValueError(f"--real {args.real} is more than there are: {len(data)} videos")
         real = torch.stack([data[i][0] for i in range(args.real)])
         show(out / "real", to_pixels(real, args.latents).numpy(), args)
         print(f"real.npz: {data.about}\nscore: python fvd.py {out}/real.npz {out}/fake.npz --features random")
-        print("".join(f"skipped {why}\n" for why in data.skipped.values()), end="")
     show(out / "fake", sample_videos(model, args, tqdm), args)
     print(f"wrote {out}/fake.npz")
 

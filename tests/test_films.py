@@ -93,7 +93,7 @@ def test_a_stream_follows_a_file_of_actions_and_goes_straight_on_without_one(run
         np.save(f"{name}.npy", np.full((7, 1), turn, np.float32))
         again("sample", runs / "acting", "--actions", f"{name}.npy", "--out", name)
     again("sample", runs / "acting", "--frames", 7, "--out", "free")
-    left, right, straight, free = (frames_of(f"{out}/film.mp4") for out in ("left", "right", "straight", "free"))
+    left, right, straight, free = (frames_of(f"{out}/film.mp4") for out in "left right straight free".split())
     assert len(left) == len(right) == 7 and abs(left.astype(int) - right).mean() > 0
     assert np.array_equal(straight, free)
     assert "FILE" in refuses(*CAUSAL, "--actions", "left.npy")

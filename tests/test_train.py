@@ -77,8 +77,11 @@ def test_an_mp4_has_every_frame_of_a_still_and_of_odd_sides_and_a_sheet_a_row_pe
             append(videos)
         assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == 8
         assert iio.immeta(tmp_path / "a.mp4", plugin="pyav")["fps"] == fps
+    with pytest.raises(ValueError, match="no frame"), train.film(tmp_path / "b.mp4", 8):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.mp4", "a.png"]
     sheet = iio.imread(tmp_path / "a.png")  # 4 pixels apart, with even sides
-    assert sheet.shape == (36, 8 * 69 - 4, 3) and (sheet[13:22, :65] == 255).all() and (sheet[:9, :65] == 0).all()
+    assert sheet.shape == (36, 548, 3) and (sheet[13:22, :65] == 255).all() and (sheet[:9, :65] == 0).all()
 
 
 @pytest.mark.parametrize("data, level", [("maze", None), ("v", 200), ("v/test", 200)])
@@ -169,6 +172,7 @@ def test_going_back_sets_aside_what_came_later_and_resuming_draws_what_is_due(tr
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(trained):
     path = pathlib.Path("run/checkpoint-000006.pt")
+    shutil.copy(path, "run/checkpoint-best7.pt")  # no step of the run
     for damage in (lambda: os.truncate(path, 1000), lambda: torch.save({"model": 1}, path),
                    lambda: path.unlink() or path.symlink_to("nowhere")):  # fmt: skip
         damage()
