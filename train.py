@@ -610,7 +610,6 @@ def train(args, checkpoint=None):
 # A clip is drawn at once. A longer video comes window by window, each beside the end of the one before, or,
 # from a causal network, frame by frame.
 
-@torch.inference_mode()  # a tenth faster than no_grad
 def pieces(model, args, numbers, past=None, actions=None):
     """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
 

@@ -1020,8 +1020,8 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, initial_state, reverse, compiled):
-        ctx.reverse, ctx.compiled = reverse, compiled
-        ctx.dtype = torch.promote_types(A.dtype, torch.float32)  # of the state, whatever the inputs are
+        # The state is in float32 or float64, whatever the inputs are.
+        ctx.reverse, ctx.compiled, ctx.dtype = reverse, compiled, torch.promote_types(A.dtype, torch.float32)
         tiles, chunks, *parameters = SelectiveScan.cut(ctx, u, A, D)
         starts = u.new_empty(len(chunks), len(u), *A.T.shape, dtype=ctx.dtype)  # the state before each chunk
         y, last_state = torch.empty_like(u), torch.empty_like(starts[0]).mT  # (b, d, n), d innermost
@@ -1048,11 +1048,10 @@ class SelectiveScan(torch.autograd.Function):
         *gradients, dinitial_state = (torch.empty_like(x) for x in (u, dt, B, C, dlast_state))
         dA, dD = map(torch.zeros_like, parameters)
         in_order = lambda x: x.flip(1) if ctx.reverse else x.contiguous()
-        back = SelectiveScan.chunk_backward
-        if ctx.compiled:
-            back = fused = SelectiveScan.compiled(SelectiveScan.frames_backward)
-            if u.is_cuda:  # a kernel for sums over n, one for sums over d: jointly they store all states
-                back = lambda *inputs: fused(*inputs, slice(4)) + fused(*inputs, slice(4, 6))
+        fused = ctx.compiled and SelectiveScan.compiled(SelectiveScan.frames_backward)
+        back = fused or SelectiveScan.chunk_backward
+        if fused and u.is_cuda:  # a kernel for sums over n, one for those over d: jointly they store states
+            back = lambda *inputs: fused(*inputs, slice(4)) + fused(*inputs, slice(4, 6))
         with torch.autocast(u.device.type, enabled=False):
             for rows in tiles:
                 g = dlast_state[rows].mT.contiguous()
@@ -1078,13 +1077,15 @@ def selective_scan(u, dt, A, B, C, D=None, initial_state=None, return_last_state
     the last frame to the first, as if all sequences were flipped. In a torch.compile'd model, or as
     torch.compile(selective_scan), it compiles its chunks. Differentiable once: a second derivative raises
     RuntimeError. torch.jit.trace, torch.export and torch.func (vmap, grad, jvp) are not supported;
-    `selective_scan_loop` supports them all. Needs: SelectiveScan."""
-    if D is None:
-        D = torch.zeros(len(A), dtype=A.dtype, device=u.device)
-    if initial_state is None:
-        initial_state = torch.zeros(len(u), *A.shape, dtype=A.dtype, device=u.device)
-    y, state = SelectiveScan.run(u, dt, A, B, C, D, initial_state, reverse, torch.compiler.is_compiling())
-    return (y, state) if return_last_state else y
+    `selective_scan_loop` supports them all. Needs: SelectiveScan, selective_scan_loop."""
+    D = A.new_zeros(len(A)) if D is None else D
+    state = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state
+    if u.shape[1] == 1:  # one frame has no states to save: the definition is faster
+        wide = [x.to(torch.promote_types(A.dtype, torch.float32)) for x in (u, dt, A, B, C, D, state)]
+        y, state = selective_scan_loop(*wide, True)
+    else:
+        y, state = SelectiveScan.run(u, dt, A, B, C, D, state, reverse, torch.compiler.is_compiling())
+    return (y.to(u.dtype), state) if return_last_state else y.to(u.dtype)
 
 
 # -----------------------------------------------------------------------------

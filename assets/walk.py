@@ -49,7 +49,6 @@ def half_blocks(picture):
     return "\x1b[H" + "".join("".join(map(cell, *pair)) + "\x1b[0m\n" for pair in pairs)
 
 
-@torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run of train.py --causal --actions, or a checkpoint in it")
