@@ -45,8 +45,9 @@ def test_a_piece_pasted_alone_needs_only_what_its_docstring_names(module, name):
 
 
 def test_pasted_pieces_run():
+    names = "selective_scan_loop SelectiveScan selective_scan S6 CausalConv MambaBlock".split()
     space = {}
-    for text in (IMPORTED, *map(PIECES.get, "SelectiveScan selective_scan selective_scan_loop S6 CausalConv MambaBlock".split())):
+    for text in (IMPORTED, *map(PIECES.get, names)):
         exec(text, space)
     x = vdm_ssm.torch.randn(2, 5, 8)
     assert space["MambaBlock"](space["S6"], 8)(x).shape == x.shape
