@@ -47,7 +47,7 @@ def cache():
 
 
 @pytest.mark.parametrize("stride", [1, 3])
-def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(tmp_path, stride):
+def test_windows_take_every_kth_frame_of_a_video_or_walk_and_an_epoch_shows_each_once(tmp_path, stride):
     (tmp_path / "v").mkdir()
     for i in range(4):
         np.save(tmp_path / "v" / f"{i}.npy", grey(*(50 * i + np.arange(4 * stride + 5))))
@@ -57,9 +57,6 @@ def test_windows_take_every_kth_frame_of_one_video_and_an_epoch_shows_each_once(
     assert all((w.diff() == stride).all() and w[0] // 50 == w[-1] // 50 for w in seen)
     assert sorted(w[0].item() // 50 for w in seen[:4]) == [0, 1, 2, 3]
     assert {w[0].item() % 50 for w in seen} == {0, 1, 2, 3, 4}
-
-
-def test_a_stride_is_kept_in_the_maze_too():
     whole, some = videos_of("maze", "--frames", 7), videos_of("maze", "--frames", 3, "--stride", 3)
     assert torch.equal(whole[5][0][:, ::3], some[5][0]) and some[5][1] == whole[5][1]
 

@@ -227,13 +227,13 @@ def test_images_of_any_mode_are_shown_as_a_viewer_shows_them(tmp_path):
 @pytest.mark.parametrize("mode, suffix", [("RGB", ".png"), ("L", ".png"), ("P", ".png"), ("L", ".tif")])
 def test_a_photograph_stands_by_its_exif_orientation(tmp_path, mode, suffix):
     exif, picture = Image.Exif(), Image.fromarray(moving_square(1, 24, 32)[0]).convert(mode)
-    x = np.asarray(picture.convert("RGB"))
+    x = np.asarray(colour := picture.convert("RGB"))
     shown = (x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.swapaxes(0, 1), np.rot90(x, -1),
              x[::-1, ::-1].swapaxes(0, 1), np.rot90(x))
     for exif[0x112], wanted in enumerate(shown, 1):
         picture.save(tmp_path / f"a{suffix}", exif=exif)
         assert np.array_equal(read_one(tmp_path / f"a{suffix}")[0], wanted)
-    picture.convert("RGB").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture.convert("RGB")])
+    colour.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[colour])
     assert len(read_one(tmp_path / "a.jpg")) == 1  # there for both eyes
 
 

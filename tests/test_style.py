@@ -45,8 +45,7 @@ def test_a_piece_pasted_alone_needs_only_what_its_docstring_names(module, name):
 
 
 def test_pasted_pieces_run():
-    names = "selective_scan_loop SelectiveScan selective_scan S6 CausalConv MambaBlock".split()
-    space = {}
+    space, names = {}, "selective_scan_loop SelectiveScan selective_scan S6 CausalConv MambaBlock".split()
     for text in (IMPORTED, *map(PIECES.get, names)):
         exec(text, space)
     x = vdm_ssm.torch.randn(2, 5, 8)

@@ -80,7 +80,7 @@ def test_an_mp4_has_every_frame_of_a_still_and_of_odd_sides_and_a_sheet_a_row_pe
     with pytest.raises(ValueError, match="no frame"), train.film(tmp_path / "b.mp4", 8):
         pass
     assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.mp4", "a.png"]
-    sheet = iio.imread(tmp_path / "a.png")  # 4 pixels apart, with even sides
+    sheet = iio.imread(tmp_path / "a.png")
     assert sheet.shape == (36, 548, 3) and (sheet[13:22, :65] == 255).all() and (sheet[:9, :65] == 0).all()
 
 
@@ -313,6 +313,9 @@ def test_a_wrong_command_line_is_one_sentence_with_exit_code_2_and_writes_nothin
             sentence, code = str(error), 2
         assert named in sentence and code == 2 and "\n" not in sentence, f"{line}: {sentence}"
     assert [file for file in files() if file not in before and file != "runs"] == []
+    late, _ = train.parse([*DIM, "--out", "late"])
+    os.mkdir("late")  # by a run that began a moment before
+    pytest.raises(FileExistsError, train.train, late)
 
 
 def test_the_command_ends_with_one_sentence_and_code_2_even_if_its_loaders_ignore_signals(tmp_path):
