@@ -788,7 +788,7 @@ def parse(argv):
     learned = vars(parser.parse_args([])).keys()
     add_free(parser, sampling)
     if "--causal" in argv:
-        steps, drop = (1500, 0.0) if "--actions" in argv else (1000, 0.1)
+        steps, drop = (1500, 0.0) if "--actions" in argv else (720, 0.1)
         # Few steps a frame, for streams, and longer clips one at a time: a network learns to remember.
         longer = {} if GPU else dict(batch=1, frames=32, steps=steps, sample_every=1000, sample_videos=1)
         parser.set_defaults(temporal="mamba", sample_steps=5, cond_drop=drop, **longer)
