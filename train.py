@@ -821,6 +821,7 @@ def parse(argv):
          "--actions need --causal, and that needs --backbone unet"),
         (args.actions and args.stride > 1, "--actions lead from frame to frame: leave out --stride"),
         (isinstance(args.actions, str) and not sampling, "--actions takes a FILE only for sample: drop it"),
+        (sampling and "RANK" in os.environ, "samples are drawn by one process: leave out torchrun"),
         (args.sample_steps > args.diffusion_steps, "--sample-steps are at most --diffusion-steps"),
         (args.guidance != 1 and not ((args.class_cond or args.actions) and args.cond_drop),
          f"--guidance {args.guidance} needs a run with --class-cond or --actions, and --cond-drop above 0")]:
