@@ -467,7 +467,7 @@ def generators(seed, items, device="cpu"):
 
 
 def draw(items, shape, args):
-    """What an item draws besides its video.    -> t (b, f) or (b), noise (b, *shape), keep (b)."""
+    """What items draw besides videos.    -> t (b, f) or (b), noise (b, *shape), keep (b): tell conditions?"""
     device, rngs = args.device, generators(args.seed, items, args.device)
     levels = shape[1:2] if args.frame_noise else ()  # one for each frame: Diffusion Forcing, 2407.01392
     t = [torch.randint(args.diffusion_steps, levels, generator=rng, device=device) for rng in rngs]
@@ -484,7 +484,7 @@ def conditions(labels, actions, args):
 
 
 def build(args):
-    """The network of a run, on the CPU.    -> its class in vdm_ssm, arguments, itself. Raises ValueError."""
+    """The network of a run, on the CPU.    -> name of its class, arguments, itself. Raises ValueError."""
     if args.backbone == "dim":
         name, own = "DiM", dict(depth=args.depth, d=args.width, patch=args.patch)
     else:
