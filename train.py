@@ -33,6 +33,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -153,9 +154,10 @@ def maze_render(wall, position, gaze, style, size):
 
 def maze_video(seed, frames, size):
     """The first frames of a walk through a maze of its own.    seed >= 0 -> (frames, size, size, 3) uint8"""
-    (wall, *walk), chunk = maze_walk(seed, frames), max(1, 2**12 // size**2)  # frames at once: 16 of 16 x 16
-    parts = (slice(k, k + chunk) for k in range(0, frames, chunk))
-    return np.concatenate([maze_render(wall, *(x[p] for x in walk), maze_style(seed), size) for p in parts])
+    (wall, *walk), n = maze_walk(seed, frames), max(1, 2**12 // size**2)  # n frames at once: 16 of 16 x 16
+    look = lambda k: maze_render(wall, *(x[k : k + n] for x in walk), maze_style(seed), size)
+    drawn = itertools.chain.from_iterable(look(k) for k in range(0, frames, n))
+    return np.fromiter(drawn, (np.uint8, (size, size, 3)), frames)
 
 
 # -----------------------------------------------------------------------------
@@ -194,10 +196,10 @@ def find_splits(path):
 def resize(frame, size, antialias=True):
     """Short side to `size`, bilinear, then centre crop.    uint8 (h, w, 3) -> uint8 (size, size, 3)"""
     shape = [size * side // min(frame.shape[:2]) for side in frame.shape[:2]]
-    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]  # bytes: floats take 4
-    x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=antialias)[0].permute(1, 2, 0)
+    planes = torch.from_numpy(frame).permute(2, 0, 1)[:, None, None]  # one by one: floats take 4 bytes
+    tiny = [F.interpolate(x.float(), shape, mode="bilinear", antialias=antialias) for x in planes]
     top, left = (round((side - size) / 2) for side in shape)  # torchvision's rounding: 2.5 to 2, 5.5 to 6
-    return x[top : top + size, left : left + size].numpy()
+    return torch.cat(tiny)[:, 0, top : top + size, left : left + size].round().byte().permute(1, 2, 0).numpy()
 
 
 def read_source(source, args):
@@ -292,8 +294,8 @@ class FolderVideos(Dataset):
             if len(led) >= frames >= self.span:
                 label = self.classes.index(source.parent.name)
                 self.videos += [(path, k, label, led) for k in range(videos)]
-        count = sum(row[1] for row in self.identity)
-        self.about = f"{len(self)} of {count} videos in {args.data}, split {split}, have {self.span} frames"
+        n = sum(row[1] for row in self.identity)
+        self.about = f"{len(self)} of {n} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
             raise ValueError(f"{self.about}: {next(iter(self.skipped.values()), 'see --frames, --stride')}")
         self.about += "".join(f"\nskipped {why}" for why in self.skipped.values())
@@ -607,8 +609,7 @@ def train(args, checkpoint=None):
 # -----------------------------------------------------------------------------
 # 6. Sampling
 #
-# A clip is drawn at once. A longer video comes window by window, each beside the end of the one before, or,
-# from a causal network, frame by frame.
+# A video longer than a clip comes window by window or, from a causal network, frame by frame.
 
 def pieces(model, args, numbers, past=None, actions=None):
     """Videos as they are drawn, piece by piece.    -> yields (b, c, f, size, size), --frames in all
@@ -675,9 +676,8 @@ def sample_film(model, args):
 
 def sample(args, checkpoint):
     """Draw videos from a checkpoint, without its data. --real writes videos of its data, too."""
-    model, out = build(args)[2], Path(args.out)
+    model, out = build(args)[2].to(args.device).requires_grad_(False), Path(args.out)
     model.load_state_dict(checkpoint["ema"])
-    model.to(args.device).requires_grad_(False)
     if args.after or isinstance(args.actions, str) or args.frames > args.window and args.past:
         return sample_film(model, args)
     if args.real:
