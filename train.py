@@ -281,9 +281,10 @@ class FolderVideos(Dataset):
         files, self.skipped = cached(splits[split], args)
         actions, self.videos, self.identity = {}, [], []
         for folder, group in itertools.groupby(splits[split] if args.actions else (), lambda s: s.parent):
-            group, array = [*group], np.load(folder / "actions.npz", allow_pickle=False)["actions"]
-            if array.ndim != 3 or len(array) != len(group):
-                raise ValueError(f"{folder}/actions.npz: {array.shape}, not ({len(group)} files, frames, n)")
+            with naming(folder / "actions.npz"):
+                group, array = [*group], np.load(folder / "actions.npz", allow_pickle=False)["actions"]
+                if np.float32(array).ndim != 3 or len(array) != len(group):
+                    raise ValueError(f"{array.shape} is not ({len(group)} files, frames, n)")
             actions.update(zip(group, array))
         self.classes = sorted({source.parent.name for source in splits[split]})
         for source, path in files.items():
@@ -292,8 +293,7 @@ class FolderVideos(Dataset):
             self.identity.append([os.path.relpath(source, args.data), videos, frames, *size])
             led = actions.get(source, np.zeros((frames, 0)))
             if len(led) >= frames >= self.span:
-                label = self.classes.index(source.parent.name)
-                self.videos += [(path, k, label, led) for k in range(videos)]
+                self.videos += [(path, k, self.classes.index(source.parent.name), led) for k in range(videos)]
         n = sum(row[1] for row in self.identity)
         self.about = f"{len(self)} of {n} videos in {args.data}, split {split}, have {self.span} frames"
         if not self.videos:
@@ -662,8 +662,8 @@ def sample_film(model, args):
         past = to_model_range(last).to(args.device).expand(args.sample_videos, -1, -1, -1, -1)
     if isinstance(args.actions, str):
         actions = np.load(args.actions, allow_pickle=False)
-        if np.ndim(actions) != 2 or actions.shape[1] != args.action_dim:
-            raise ValueError(f"--actions {args.actions}: no .npy of shape (frames, {args.action_dim})")
+        if np.ndim(actions) != 2 or actions.dtype.kind not in "fiu" or actions.shape[1] != args.action_dim:
+            raise ValueError(f"--actions {args.actions}: no .npy of numbers (frames, {args.action_dim})")
         args.frames = len(actions)
     print(f"writes {args.out}/film.mp4, and frames of it as .gif and .png")
     drawn = pieces(model, args, range(args.sample_videos), past, actions)

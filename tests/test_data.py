@@ -128,8 +128,7 @@ def test_without_antialias_half_the_size_is_the_mean_of_two_by_two_and_a_quarter
 
 def test_only_files_that_changed_are_decoded_again_and_each_way_of_decoding_has_its_own(tmp_path):
     folder = write_videos(tmp_path / "v")
-    first = [videos_of(folder)[i][0] for i in range(3)]
-    before = cache()
+    first, before = [videos_of(folder)[i][0] for i in range(3)], cache()
     assert all(torch.equal(videos_of(folder)[i][0], first[i]) for i in range(3)) and cache() == before
     np.save(folder / "1.npy", np.zeros((9, 8, 8, 3), np.uint8))
     assert any((videos_of(folder)[i][0] == -1).all() for i in range(3)) and len(cache()) == len(before) + 1

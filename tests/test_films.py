@@ -75,17 +75,18 @@ def test_actions_lie_beside_a_folders_videos_in_their_natural_order():
     for k in range(11):  # video 10 is the last one, not the third
         levels = 20 * k + np.arange(6, dtype=np.uint8)[:, None, None, None]
         np.save(f"data/{k}.npy", np.broadcast_to(levels, (6, 8, 8, 3)))
-    np.savez("data/actions.npz", actions=actions)
     command = [*CAUSAL, "--actions", "--data", "data"]
+    assert "actions.npz" in refuses(*command)
+    np.savez("data/actions.npz", actions=actions)
     run(*command, "--steps", 1, "--out", "run")
     data = train.videos_of(train.parse(command)[0])
     for video, _, told in (data[i] for i in range(11)):
         k, first = divmod(train.to_pixels(video[None])[0, 0, 0, 0, 0].item(), 20)
         assert np.array_equal(told, actions[k, first : first + 3])
-    np.savez("data/actions.npz", actions=actions[:2])
-    assert "11 files" in refuses(*command)
-    os.remove("data/actions.npz")
-    assert "actions.npz" in refuses(*command)
+    words = dict(actions=np.full(actions.shape, "left"))
+    for wrong, told in ((dict(actions=actions[:2]), "11 files"), (words, "left"), ({}, "'actions is not")):
+        np.savez("data/actions.npz", **wrong)
+        assert "data/actions.npz: " in (said := refuses(*command)) and told in said
 
 
 def test_a_stream_follows_a_file_of_actions_and_goes_straight_on_without_one(runs):
@@ -108,11 +109,12 @@ def test_a_stream_follows_a_file_of_actions_and_goes_straight_on_without_one(run
     ("levels", ["--past", 3], "--past 3"), ("levels", ["--after", "given.npy", "--past", 0], "--past 0"),
     ("levels", ["--after", "none.mp4"], "no such file"), ("levels", ["--after", "text.mp4"], "text.mp4"),
     ("acting", ["--actions", "none.npy"], "none.npy"), ("acting", ["--actions", "given.npy"], "(frames, 1)"),
-    ("causal", ["--actions", "turns.npy"], "--actions"),
+    ("acting", ["--actions", "words.npy"], "numbers"), ("causal", ["--actions", "turns.npy"], "--actions"),
 ])  # fmt: skip
 def test_what_a_film_cannot_be_made_of_is_refused_in_one_sentence(runs, name, flags, mend):
     np.save("given.npy", np.zeros((5, 8, 8, 3), np.uint8))
     np.save("turns.npy", np.zeros((5, 1)))
+    np.save("words.npy", np.full((5, 1), "left"))
     open("text.mp4", "w").write("no film")
     assert mend in refuses("sample", runs / name, *flags, "--out", "film")
     assert not os.path.exists("film") or not os.listdir("film")

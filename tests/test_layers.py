@@ -138,8 +138,7 @@ def test_cores_start_as_s4d_lin_and_mamba_do():
 
 def test_relative_bias_has_the_buckets_of_t5():
     after = [*range(17, 25), *[24, 25, 25, 26, 26, 27, 27, 28, 28, 28, 28, 29, 29, 29], *[30] * 4, *[31] * 13]
-    table = RelativeBias(heads=1)
-    before = [i - 16 for i in reversed(after)]
+    table, before = RelativeBias(heads=1), [i - 16 for i in reversed(after)]
     assert table.bucket(torch.arange(-39, 40)).tolist() == [*before, 0, *after]
     bias = table(5)[0]  # (query, key)
     assert bias[1, 3] == table.table.weight[18, 0] and bias[3, 1] == table.table.weight[2, 0]
