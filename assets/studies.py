@@ -101,7 +101,7 @@ at_once = lambda *args, **options: np.concatenate([*drawn(*args, **options)], ax
 
 
 SECONDS = 240  # of one core, for each run
-COUNT = {16: 64, 64: 32}  # held-out walks for the loss, and videos for FD-random, by their frames
+COUNT = {16: 256, 64: 32}  # held-out walks for the loss, and videos for FD-random, by their frames
 BLOCKS = "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated", "bi-s4d-mamba", "bi-s6-glu", "bi-s6-mlp", "bi-s6-gated"
 
 
