@@ -70,7 +70,7 @@ def naming(name):
         raise
     except Exception as error:  # FFmpeg, Pillow, zip and pickle readers share no narrower class
         reason = re.split(r"\n|\. ", (getattr(error, "strerror", None) or str(error)).strip())[0]
-        if type(error) is not ValueError:
+        if type(error) not in (ValueError, FileNotFoundError):
             reason = f"it cannot be read; is it damaged, cut off, mere audio, or no video? ({reason})"
         raise UnreadableVideo(name, reason) from error
 
