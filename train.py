@@ -754,8 +754,8 @@ def add_free(parser, sampling):
     add("--amp", action=SWITCH, default=GPU and torch.cuda.is_bf16_supported(False), help="use bfloat16")
     add("--recompute", action=SWITCH, default=False, help="compute activations twice: less memory, more time")
     add("--videos", "--sample-videos", dest="sample_videos", type=COUNT, default=8, metavar="N", help="drawn")
-    add("--sampler", choices=("ddim", "ddpm", "dpm"), default="ddim", help="dpm: DPM-Solver++, second order")
-    add("--sample-steps", type=COUNT, default=50, help="denoising steps, at most --diffusion-steps")
+    add("--sampler", choices=("ddim", "ddpm", "dpm"), default="dpm", help="dpm: DPM-Solver++, second order")
+    add("--sample-steps", type=COUNT, default=20, help="denoising steps, at most --diffusion-steps")
     add("--guidance", type=within(float, -100, 100), default=1.0, help="weight of class or actions, 0: none")
     add("--class", dest="label", metavar="NAME", help="draw this class alone instead of all in turn")
     add("--past", type=NATURAL, metavar="K", help="frames that the next window sees, half of it if not given")
@@ -791,7 +791,7 @@ def parse(argv):
         steps, drop = (1500, 0.0) if "--actions" in argv else (720, 0.1)
         # Few steps a frame, for streams, and longer clips one at a time: a network learns to remember.
         longer = {} if GPU else dict(batch=1, frames=32, steps=steps, sample_every=1000, sample_videos=1)
-        parser.set_defaults(temporal="mamba", sample_steps=5, cond_drop=drop, **longer)
+        parser.set_defaults(temporal="mamba", sampler="ddim", sample_steps=5, cond_drop=drop, **longer)
     args, checkpoint = parser.parse_args(argv[sampling:]), None
     args.window = args.frames  # of training; samples may have more
     if args.run:

@@ -265,7 +265,7 @@ def test_classes_are_drawn_in_turn_or_one_alone_guided_and_by_either_sampler(tra
     turn, alone, guided = drawn("a", *four), drawn("b", *boards), drawn("c", *boards, "--guidance", 4)
     assert [(a == b).all() for a, b in zip(turn, alone)] == [False, True, False, False]
     assert (guided != alone).any()
-    assert all((drawn(name, *boards, "--sampler", name) != alone).any() for name in ("dpm", "ddpm"))
+    assert all((drawn(name, *boards, "--sampler", name) != alone).any() for name in ("ddim", "ddpm"))
     assert (drawn("e", *boards, "--guidance", 0) == drawn("f", *four, "--guidance", 0)).all()
 
 
