@@ -87,8 +87,8 @@ def quality():
     figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey="row", layout="constrained")
     for frames, pair in zip((16, 64), axes.reshape(2, 2)):
         found = results(f"quality-{frames}")
-        for name in LAYERS:
-            readings = [found[f"{name} seed {seed}"]["readings"] for seed in (0, 1)]
+        for name in (name for name in LAYERS if f"{name} seed 0" in found):
+            readings = [row["readings"] for key, row in found.items() if key.startswith(f"{name} seed")]
             count = min(map(len, readings)) - 1  # the last one is where the time was over
             steps, seconds, loss = np.mean([[*r[:count], r[-1]] for r in readings], axis=0).T
             for axis, x, what in zip(pair, (steps, seconds), ("steps", "seconds of one core")):

@@ -1,8 +1,8 @@
 """What the papers claim, and what streams do, measured.    python assets/studies.py NAME [--run RUN]
 
     memory      training steps of the 14.1M U-Net of 8 to 1,024 frames: bytes, and on a GPU seconds
-    quality     of temporal layers that fill about the same memory, of one way and two, of blocks around the
-                core: held-out loss and FD-random of runs of equal time, with clips of --frames frames
+    quality     of temporal layers that fill about the same memory: held-out loss and FD-random of runs of equal
+                time; with clips of 16 frames also of layers of one way, and of blocks around the core (--frames)
     distance    how long samples of runs/maze, attention, causal, far longer than clips, keep a style of walls
     streams     5,000 frames of RUN, runs/causal, and 64 streams: drift, style, distance from real walks, time
     actions     how well streams of RUN, a run with --actions, follow the turns they are told
@@ -101,7 +101,7 @@ at_once = lambda *args, **options: np.concatenate([*drawn(*args, **options)], ax
 
 
 SECONDS = 240  # of one core, for each run
-COUNT = {16: 256, 64: 32}  # held-out walks for the loss, and videos for FD-random, by their frames
+COUNT = 256  # held-out walks for the loss, and videos for FD-random
 BLOCKS = "bi-s4d-glu", "bi-s4d-mlp", "bi-s4d-gated", "bi-s4d-mamba", "bi-s6-glu", "bi-s6-mlp", "bi-s6-gated"
 
 
@@ -133,7 +133,7 @@ def learn(layer, frames, dim, seed):
     average = train.AveragedModel(net, multi_avg_fn=mix)
     optimizer, data = torch.optim.Adam(net.parameters(), args.lr, fused=True), train.videos_of(args)
     diffusion, averaged = (vdm_ssm.GaussianDiffusion(m, target="v") for m in (net, average.module))
-    held = clips(walks(0, COUNT[frames], frames)).split(args.batch)
+    held = clips(walks(0, COUNT, frames)).split(args.batch)
     readings, spent, step = [], 0.0, 0
     while spent < SECONDS:
         began, step = time.process_time(), step + 1
@@ -156,13 +156,13 @@ def learn(layer, frames, dim, seed):
 
 
 def quality(results, options):
-    frames, count = options.frames, COUNT[options.frames]
+    frames = options.frames
     torch.set_num_threads(1)  # so that time on a core is time, whatever else runs
     features = lambda videos: fvd.video_features(videos[:, -16:], fvd.random_i3d())  # of the last 16 frames
-    real, others = (features(walks(first, count, frames)) for first in (1000, 2000))
+    real, others = (features(walks(first, COUNT, frames)) for first in (1000, 2000))
     results.row("FD-random of other walks", lambda: fvd.frechet_distance(real, others))
-    layers = [*itertools.product((0, 1), LAYERS), *((0, block) for block in BLOCKS if frames == 16)]
-    for seed, layer in layers:
+    layers, blocks = (LAYERS, BLOCKS) if frames == 16 else (LAYERS[:4], ())  # the four that go both ways
+    for seed, layer in [*itertools.product((0, 1), layers), *((0, block) for block in blocks)]:
         like = layer if layer in LAYERS[:4] else f"bi-{layer}" if layer in LAYERS else "bi-mamba"
         dim, *mib = results.row(f"width {like}", lambda: width(like, frames))
 
@@ -171,7 +171,7 @@ def quality(results, options):
             row = dict(dim=dim, readings=readings, weights=sum(p.numel() for p in diffusion.parameters()))
             if layer in LAYERS:
                 torch.manual_seed(2)
-                noise = torch.randn(count, 3, frames, 16, 16).split(max(1, 64 // frames))
+                noise = torch.randn(COUNT, 3, frames, 16, 16).split(max(1, 64 // frames))
                 videos = torch.cat([diffusion.sample(x, 10, vdm_ssm.dpm_solver) for x in noise])
                 row["fd_random"] = fvd.frechet_distance(real, features(train.to_pixels(videos)))
             return row
